@@ -1,0 +1,208 @@
+"The rules of the house: exports, layers, notebooks, README and package agree with each other."
+import ast
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from readme import markdown, root
+
+nbs = sorted((root/'nbs').glob('*.ipynb'))
+chapters = [p for p in nbs if re.match(r'\d\d_', p.name)]
+run_notebooks = [p for p in nbs if p not in chapters and p.stem != 'index']
+
+
+def cells(path, kind='code'):
+    return [c for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == kind]
+
+
+def source(cell): return ''.join(cell['source'])
+
+
+def module(path):
+    "The module a chapter exports"
+    found = [m[1] for c in cells(path) if (m := re.search(r'(?m)^#\|\s*default_exp\s+(\w+)', source(c)))]
+    assert len(found) == 1, f'{path.name} must have one #| default_exp, it has {found}'
+    return found[0]
+
+
+number = {module(p): int(p.name[:2]) for p in chapters}
+
+
+def run(*command, **kwargs):
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}  # nbdev_export does nothing inside nbdev_test
+    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, **kwargs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def copy(tmp_path):
+    "What nbdev reads, in a folder of its own"
+    for name in ('settings.ini', 'pyproject.toml'): shutil.copy(root/name, tmp_path)
+    (tmp_path/'nbs').mkdir()
+    for p in nbs: shutil.copy(p, tmp_path/'nbs')
+    return tmp_path
+
+
+def contents(folder, pattern):
+    return {p.name: p.read_text(encoding='utf-8') for p in folder.glob(pattern)}
+
+
+# modules ---------------------------------------------------------------------------------------------------
+
+def test_modules_are_what_the_chapters_export(copy):
+    run('-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()', cwd=copy)
+    ours, exported = contents(root/'flowtok', '*.py'), contents(copy/'flowtok', '*.py')
+    assert sorted(ours) == sorted(exported)
+    changed = [name for name in ours if ours[name] != exported[name]]
+    assert not changed, f'{changed} are not what nbdev_export writes: edit the notebook and export again'
+    assert contents(root, 'pyproject.toml') == contents(copy, 'pyproject.toml')
+
+
+def test_pyflakes_finds_nothing(): run('-m', 'pyflakes', str(root/'flowtok'))
+
+
+def imported(tree):
+    "The modules of flowtok that the parsed code imports"
+    for node in ast.walk(tree):
+        names = [a.name for a in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+        if isinstance(node, ast.ImportFrom): names = [f'{node.module}.{name}' for name in names]
+        yield from (name.split('.')[1] for name in names if name.startswith('flowtok.'))
+
+
+def code(path):
+    "A notebook's code as one parsed module, IPython's own lines made Python"
+    from IPython.core.inputtransformer2 import TransformerManager
+    return ast.parse('\n'.join(TransformerManager().transform_cell(source(c)) for c in cells(path)))
+
+
+@pytest.mark.parametrize('path', chapters, ids=lambda p: p.stem)
+def test_chapters_import_lower_numbers_only(path):
+    wrong = {m for m in imported(code(path)) if number.get(m, 100) >= int(path.name[:2])}
+    assert not wrong, f'{path.name} imports {sorted(wrong)}: a chapter uses only chapters with lower numbers'
+
+
+def test_every_chapter_has_its_own_number():
+    assert len(set(number.values())) == len(chapters)
+    assert all(p.stem[3:] == module(p) for p in chapters)
+
+
+# light imports ---------------------------------------------------------------------------------------------
+
+light_import = '''
+import sys
+
+class Closed:
+    "Refuses every module that is not on the list, as a machine without it would"
+    def find_spec(self, name, path=None, target=None):
+        top = name.split('.')[0]
+        if top not in allowed: raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+
+allowed = set(sys.argv[1].split(',')) | set(sys.stdlib_module_names)
+sys.meta_path.insert(0, Closed())
+for name in sys.argv[2].split(','): __import__(name)
+print(','.join(sorted({m.split('.')[0] for m in sys.modules})))
+'''
+
+
+def needed_by(*names):
+    "Import names of the installed distributions that `names` need, themselves included"
+    seen, todo = set(), [canonicalize_name(n) for n in names]
+    while todo:
+        name = todo.pop()
+        if name in seen: continue
+        seen.add(name)
+        try: lines = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError: continue
+        needs = [Requirement(line) for line in lines]
+        todo += [canonicalize_name(r.name) for r in needs if r.marker is None or r.marker.evaluate({'extra': ''})]
+    tops = importlib.metadata.packages_distributions()
+    return {top for top, dists in tops.items() if seen & {canonicalize_name(d) for d in dists}}
+
+
+def import_with(packages, modules):
+    return run('-c', light_import, ','.join({'flowtok', *packages}), ','.join(modules), cwd=root).strip().split(',')
+
+
+def test_networks_need_torch_alone():
+    light = [f'flowtok.{m}' for m, n in number.items() if n <= 6]
+    import_with(needed_by('torch', 'numpy'), ['flowtok', *light])
+
+
+def test_sizes_need_nothing(): assert 'torch' not in import_with([], ['flowtok', 'flowtok.config'])
+
+
+# notebooks -------------------------------------------------------------------------------------------------
+
+def test_notebooks_are_clean(copy):
+    run('-c', 'from nbdev.clean import nbdev_clean; nbdev_clean()', cwd=copy)
+    unclean = [p.name for p in nbs if p.read_bytes() != (copy/'nbs'/p.name).read_bytes()]
+    assert not unclean, f'run nbdev_clean: {unclean}'
+
+
+@pytest.mark.parametrize('path', nbs, ids=lambda p: p.stem)
+def test_notebooks_are_fit_to_read(path):
+    assert path.stat().st_size < 300_000, f'{path.name} has {path.stat().st_size} bytes'
+    outputs = [o for c in cells(path) for o in c['outputs']]
+    assert not [o for o in outputs if o['output_type'] == 'error']
+    if path in chapters: assert not [o for o in outputs if o.get('name') == 'stderr'], 'noise on stderr'
+    for o in outputs:  # a picture's base64 may spell anything
+        o['data'] = {kind: data for kind, data in o.get('data', {}).items() if not kind.startswith('image/')}
+    text = json.dumps([outputs, [source(c) for kind in ('code', 'markdown') for c in cells(path, kind)]])
+    text = re.sub(r'data:image/[a-z+]+;base64,[\w+/=]+', '', text)
+    assert not re.findall(r'/(?:home|root|work|tmp|Users)/\S*', text)
+
+
+@pytest.mark.parametrize('path', run_notebooks, ids=lambda p: p.stem)
+def test_run_notebooks_take_parameters(path):
+    assert [c for c in cells(path) if 'parameters' in c['metadata'].get('tags', [])], 'no cell tagged parameters'
+
+
+def test_map_of_the_book_names_every_chapter():
+    text = markdown()
+    missing = [p.name for p in chapters + run_notebooks if f'](nbs/{p.name})' not in text]
+    assert not missing, f'nbs/index.ipynb does not link to {missing}'
+
+
+# README and package ----------------------------------------------------------------------------------------
+
+def test_readme_is_the_index():
+    assert (root/'README.md').read_text(encoding='utf-8') == markdown(), 'write it again: python tests/readme.py'
+
+
+def test_readme_links_lead_somewhere():
+    targets = re.findall(r'\]\((?![a-z]+:|#)([^)\s#]+)', markdown())
+    assert not [t for t in targets if not (root/t).exists()]
+
+
+def test_readme_has_two_commands_of_one_line():
+    main, test = [block.strip() for block in re.findall(r'(?s)```bash\n(.*?)```', markdown())]
+    assert '\n' not in main + test
+    assert main.startswith('python3 -m venv .venv && ') and '/papermill nbs/quickstart.ipynb' in main
+    assert test.startswith('python3 -m venv .venv && ') and 'nbdev_test' in test and test.endswith('-m pytest -q')
+
+
+def test_package_says_what_settings_say():
+    settings = ConfigParser(delimiters=['='])
+    settings.read(root/'settings.ini', encoding='utf-8')
+    cfg, meta = settings['DEFAULT'], importlib.metadata.metadata('flowtok')
+    assert meta['Version'] == cfg['version'] and meta['Summary'] == cfg['description']
+    assert meta['Requires-Python'] == f'>={cfg["min_python"]}'
+    stated = {str(Requirement(r)) for r in cfg['requirements'].split()}
+    installed = {str(Requirement(r)) for r in importlib.metadata.requires('flowtok') if 'extra' not in r}
+    assert stated == installed, 'settings.ini changed after the install: pip install -e . again'
+    assert set(meta.get_all('Provides-Extra')) == {'dev', 'captions', 'docs'}
+
+
+def test_entry_points_lead_somewhere():
+    points = importlib.metadata.distribution('flowtok').entry_points
+    assert {'console_scripts', 'papermill.io'} == {p.group for p in points}
+    for p in points: p.load()
