@@ -17,7 +17,7 @@ from flowtok import results
 def run():
     data = results.data_identity('scenes', {'train': 3}, [b'a', 'b'])
     return results.record('Does it?', {'scale': 'tiny', 'out': Path('x')}, started=time.time() - 5, seed=1, data=data,
-                          metrics={'all': torch.tensor(0.5), 'loss': np.float32(2), 'path': np.arange(3), 'SPICE': None},
+                          metrics={'all': torch.tensor(.5), 'loss': np.float32(2), 'path': np.arange(3), 'SPICE': None},
                           conditions={'scale': 'tiny', 'reduced': True, 'stand_ins': ['random_conv_features'], 'n': 5})
 
 

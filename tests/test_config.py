@@ -1,0 +1,115 @@
+"Sizes and recipes: what is accepted, what is refused, and that nothing is lost on the way to a file and back."
+import json
+from dataclasses import FrozenInstanceError, asdict, fields, replace
+
+import pytest
+
+from flowtok.config import (WORDS, FlowConfig, FlowTokConfig, Recipe, TextConfig, TokenizerConfig, from_json, preset,
+                            presets, recipe, stages, to_json)
+
+
+@pytest.mark.parametrize('name', presets)
+def test_every_preset_is_itself_after_a_round_trip(name):
+    c = preset(name)
+    assert c.name == name and from_json(to_json(c)) == c
+    assert c.tokenizer.num_tokens == c.text.length
+    assert c.tokenizer.num_tokens < (c.tokenizer.image_size // c.tokenizer.patch_size)**2
+
+
+def test_table_1():
+    sizes = {name: (c.flow.depth, c.flow.width, c.flow.heads) for name, c in presets.items()}
+    assert sizes | {'b': (12, 768, 12), 'xl': (28, 1152, 16), 'h': (36, 1280, 20)} == sizes
+    assert len({(c.tokenizer, c.text) for name, c in presets.items() if name != 'tiny'}) == 1
+
+
+def test_configs_are_frozen_and_hashable():
+    with pytest.raises(FrozenInstanceError):
+        preset('b').flow.width = 1
+    assert len(set(presets.values())) == len(presets)
+
+
+@pytest.mark.parametrize('scale', presets)
+@pytest.mark.parametrize('stage', stages)
+def test_every_recipe_is_itself_after_a_round_trip(scale, stage):
+    r = recipe(scale, stage)
+    assert from_json(to_json(r), Recipe) == r
+    assert (r.optimizer == 'muon') == (r.matrix_learning_rate > 0)
+
+
+def test_table_6():
+    r = asdict(recipe('xl', 'text-to-image'))
+    wanted = dict(steps=1_000_000, batch_size=4096, optimizer='adamw', learning_rate=4e-4, betas=(.9, .95),
+                  weight_decay=.03, warmup=5000, schedule='constant', ema=.9999, precision='bf16', indicator_probability=.1,
+                  time_sampling='logit_normal', kl_weight=1e-4, align_weight=1., clip=0., source_noise=0.)
+    assert {name: r[name] for name in wanted} == wanted
+    assert (recipe('xl', 'image-to-text').kl_weight, recipe('xl', 'image-to-text').align_weight) == (0, 0)
+
+
+@pytest.mark.parametrize('make, words', (
+    (lambda: preset('XL'), 'choose one of tiny, s, b, l, xl, h'),
+    (lambda: preset(''), 'choose one of'),
+    (lambda: recipe('m', 'text'), 'choose one of tiny'),
+    (lambda: recipe('b', 'texts'), 'choose one of tokenizer'),
+    (lambda: TokenizerConfig(positions='sine'), "'rope' or 'learned'"),
+    (lambda: TokenizerConfig(image_size=0), 'multiple of patch_size'),
+    (lambda: TokenizerConfig(image_size=250), 'multiple of patch_size'),
+    (lambda: TokenizerConfig(patch_size=0), 'multiple of patch_size'),
+    (lambda: TokenizerConfig(encoder_width=72, encoder_heads=12), 'a multiple of 4 times its heads'),
+    (lambda: TokenizerConfig(decoder_heads=0), "decoder's width"),
+    (lambda: TokenizerConfig(anchored=True), 'square number'),
+    (lambda: TokenizerConfig(anchored=True, num_tokens=9), 'divides 16'),
+    (lambda: TokenizerConfig(anchored=True, num_tokens=16, positions='learned'), 'rotary'),
+    (lambda: TextConfig(encoder='bert'), "'clip' or 'words'"),
+    (lambda: TextConfig(activation='relu'), "'quick_gelu' or 'gelu'"),
+    (lambda: TextConfig('words', vocabulary=('a',)), 'plus 2, 3'),
+    (lambda: TextConfig(width=100), "projector's width"),
+    (lambda: FlowConfig(heads=5), 'velocity network'),
+    (lambda: Recipe(-1, 1), 'steps must be at least 0'),
+    (lambda: Recipe(1, 0), 'batch_size must be at least 1'),
+    (lambda: Recipe(1, 1, learning_rate=float('nan')), 'learning_rate must be at least 0'),
+    (lambda: Recipe(1, 1, ema=1.5), 'ema must be between 0 and 1'),
+    (lambda: Recipe(1, 1, schedule='linear'), 'constant, cosine'),
+    (lambda: Recipe(1, 1, precision='fp8'), 'fp32, bf16'),
+))
+def test_senseless_values_are_refused_in_one_sentence(make, words):
+    with pytest.raises(ValueError, match=words) as error:
+        make()
+    assert '\n' not in str(error.value) and str(error.value).endswith('.')
+
+
+def changed(change):
+    values = asdict(preset('tiny'))
+    change(values)
+    return json.dumps(values)
+
+
+@pytest.mark.parametrize('text, words', (
+    ('{', 'is not JSON'),
+    ('[]', 'must be a JSON object'),
+    (changed(lambda v: v.update(flow=3)), 'The config, flow, must be a JSON object, got 3'),
+    (changed(lambda v: v.pop('text')), "lacks the entry 'text'"),
+    (changed(lambda v: v['text'].pop('length')), "The config, text, lacks the entry 'length'"),
+    (changed(lambda v: v['tokenizer'].update(colour='red')), "unknown entry 'colour': it may have image_size, patch"),
+    (changed(lambda v: v['tokenizer'].update(anchored=1)), 'anchored, must be of type bool, got 1'),
+    (changed(lambda v: v['flow'].update(depth=2.5)), 'depth, must be of type int, got 2.5'),
+    (changed(lambda v: v['flow'].update(depth=True)), 'depth, must be of type int, got True'),
+    (changed(lambda v: v['flow'].update(heads=3)), "velocity network's width"),
+))
+def test_files_are_read_strictly(text, words):
+    with pytest.raises(ValueError, match=words):
+        from_json(text)
+
+
+def test_a_whole_number_will_do_for_a_real_one():
+    assert from_json(changed(lambda v: v['tokenizer'].update(rope_theta=10))) == preset('tiny')
+
+
+def test_words():
+    tiny = preset('tiny').text
+    assert tiny.vocabulary == WORDS and tiny.vocab_size == len(set(WORDS)) + 2
+    assert all(word == word.lower() and ' ' not in word for word in WORDS)
+
+
+def test_defaults_are_the_papers():
+    assert replace(FlowTokConfig('b')) == preset('b')
+    assert {f.name for f in fields(FlowTokConfig)} == {'name', 'tokenizer', 'text', 'flow'}

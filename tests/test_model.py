@@ -1,0 +1,139 @@
+"FlowTok: the authors' numbers, the sizes, the start of training, and what the network can be asked."
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flowtok.config import FlowConfig, FlowTokConfig, TextConfig, TokenizerConfig, preset
+from flowtok.flow import exchange_targets, sample, time_grid
+from flowtok.layers import timestep_features
+from flowtok.model import DiT, FlowTok
+from flowtok.objective import ObjectiveConfig, alignment_loss, flow_matching_loss, released_kl_loss, total
+
+goldens = Path(__file__).parent / 'goldens' / 'flowtok_nano'
+names = {'x_embedder': 'dit.embed', 'pos_embed': 'dit.positions', 't_embedder.mlp': 'dit.time.mlp',
+         'y_embedder.embedding_table': 'dit.indicator', 'blocks': 'dit.blocks', 'final_layer': 'dit.final',
+         'context_encoder': 'projector', 'context_projector': 'alignment', 't2t_temperature': 'temperature'}
+inner = {'adaLN_modulation.1': 'modulation', 'attn.W_Q': 'q', 'attn.W_K': 'k', 'attn.W_V': 'v', 'attn.W_O': 'out',
+         'feed_forward.ffn_1': 'fc1', 'feed_forward.ffn_2': 'fc2', 'norm1.g': 'norm1.weight', 'norm1.b': 'norm1.bias',
+         'norm2.g': 'norm2.weight', 'norm2.b': 'norm2.bias'}
+
+
+def our_name(released):
+    "The name that we give to an entry of a released file."
+    head = next(name for name in names if released.startswith(name))
+    name = names[head] + released[len(head):]
+    for theirs, ours in inner.items():
+        if name.endswith(theirs) or f'{theirs}.' in name:
+            return name.replace(theirs, ours)
+    return name
+
+
+@pytest.fixture(scope='module')
+def golden():
+    return load_file(goldens / 'golden.safetensors')
+
+
+@pytest.fixture(scope='module')
+def described():
+    return json.loads((goldens / 'golden.json').read_text())
+
+
+@pytest.fixture(scope='module')
+def released():
+    state = {our_name(name): x for name, x in load_file(goldens / 'FlowTok-nano.safetensors').items()}
+    return state | {'dit.positions': state['dit.positions'][0]}
+
+
+@pytest.fixture
+def model(described, released):
+    c = described['config']
+    text = c['text_projector']
+    config = FlowTokConfig('nano', TokenizerConfig(num_tokens=c['num_latent_tokens'], token_dim=c['channels']),
+                           TextConfig(length=c['num_latent_tokens'], width=c['clip_dim'],
+                                      projector_depth=text['num_blocks'], projector_heads=text['num_attention_heads'],
+                                      projector_hidden=text['hidden_dim'], projector_dropout=text['dropout_prob'],
+                                      align_hidden=c['context_projector_hidden']),
+                           FlowConfig(c['depth'], c['hidden_size'], c['num_heads']))
+    model = FlowTok(config)
+    model.load_state_dict(released)
+    return model.eval()
+
+
+def agree(ours, golden, tolerance=2e-5):
+    assert ours.shape == golden.shape
+    error = (ours.detach() - golden).abs().max().item()
+    assert error <= tolerance * max(1, golden.abs().max().item()), error
+
+
+# the authors' numbers
+
+@pytest.mark.parametrize('indicator', [0, 1])
+def test_velocity(model, golden, indicator):
+    expected = golden[f'velocity_indicator{indicator}']
+    for asked in (indicator, bool(indicator), torch.full((3,), indicator), torch.full((3,), indicator).bool()):
+        agree(model.velocity(golden['x'], golden['t'], asked), expected)
+
+
+def test_parts_of_the_velocity(model, golden, described):
+    dit = model.dit
+    agree(timestep_features(golden['t']), golden['t_sinusoid'], described['tolerance']['t_sinusoid'])
+    agree(dit.time(golden['t']), golden['t_embedding'])
+    agree(DiT(model.config).positions, golden['pos_embed'])
+    agree(dit.blocks[0](golden['block_in'], golden['block_c']), golden['block0_out'])
+    agree(dit.final(golden['block_in'], golden['block_c']), golden['final_layer_out'])
+
+
+def test_text(model, golden):
+    posterior = model.project(golden['text'])
+    agree(posterior.mean, golden['text_mu'])
+    agree(posterior.logvar, golden['text_logvar'])
+    agree(posterior.mean + posterior.std * golden['eps'], golden['text_z'])
+    agree(model.alignment_target(golden['text']), golden['context_projector'])
+    agree(model.projector.layers[0].norm1(golden['text_norm_in']), golden['text_norm_out'])
+
+
+@pytest.mark.parametrize('n', [1, 4, 20])
+def test_sampling(model, golden, described, n):
+    times, steps = time_grid(n, 'released')
+    agree(times, golden[f'euler{n}_t'], described['tolerance']['euler_t'])
+    agree(steps, golden[f'euler{n}_dt'], described['tolerance']['euler_dt'])
+    path = sample(model.velocity, golden['text_mu'][:2], num_inference_steps=n, schedule='released', return_path=True,
+                  guidance_scale=described['guidance_scale'])
+    agree(path[-1], golden[f'euler{n}_end'])
+    if n == 20:
+        agree(path[described['sampling']['20']['states_kept_after_step']], golden['euler20_states'])
+
+
+def released_terms(model, golden, case):
+    "The terms of the authors' loss, no dropout, with the draws of the golden."
+    posterior = model.project(golden['text'])
+    z = posterior.mean + posterior.std * golden['eps']
+    indicator = golden[f'train_{case}_indicator']
+    x1 = exchange_targets(golden['train_x1'], indicator)
+    return {'flow': flow_matching_loss(model.velocity, z, x1, golden['train_t'], indicator, sigma_min=1e-5),
+            'kl': released_kl_loss(posterior.mean, posterior.logvar),
+            'align': alignment_loss(z, model.alignment_target(golden['text']), model.temperature)}
+
+
+@pytest.mark.parametrize('case', ['plain', 'null'])
+def test_training_losses(model, golden, described, case):
+    terms, tolerance, weights = released_terms(model, golden, case), described['tolerance'], described['loss_weights']
+    agree(terms['flow'], golden[f'train_{case}_flow_mse'], tolerance['flow_mse'])
+    agree(weights['kl'] * terms['kl'], golden[f'train_{case}_kl'], tolerance['kl'])
+    agree(terms['align'], golden[f'train_{case}_contrastive'], tolerance['contrastive'])
+
+
+@pytest.mark.parametrize('case', ['plain', 'null'])
+def test_gradient_norms(model, golden, described, case):
+    weights = ObjectiveConfig(kl='released', kl_weight=described['loss_weights']['kl']).weights
+    total(released_terms(model, golden, case), weights).backward()
+    found = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.requires_grad}
+    expected = {our_name(k): v for k, v in described['gradient_norms_of_mean_loss'][case].items()}
+    assert set(found) == set(expected)
+    relative = described['tolerance']['gradient_norm_relative']
+    wrong = {k: (found[k], v) for k, v in expected.items() if abs(found[k] - v) > max(relative * v, 1e-6)}
+    assert not wrong

@@ -1,0 +1,39 @@
+"""Every run notebook at smoke size, through papermill, as a user starts it."""
+import json
+import subprocess
+import sys
+
+import pytest
+from readme import root
+
+from flowtok.results import read_record
+
+smoke = {'train': {}, 'quickstart': {'steps': 4, 'samples': 32, 'num_inference_steps': 2}}
+
+
+def papermill(name, folder, *words):
+    return subprocess.run([sys.executable, '-m', 'papermill', str(root / 'nbs' / f'{name}.ipynb'), str(folder / 'run.ipynb'),
+                           *words], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize('name', sorted(smoke))
+def test_run_notebook(name, tmp_path):
+    words = [word for key, value in smoke[name].items() for word in ('-p', key, str(value))]
+    done = papermill(name, tmp_path, *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = read_record(tmp_path)
+    assert record.parameters | smoke[name] == record.parameters
+    if name == 'train':
+        assert {'tokenizer.safetensors', 'text.safetensors', 'text-to-image.safetensors', 'image-to-text.safetensors',
+                'config.json'} <= {path.name for path in tmp_path.iterdir()}
+        again = papermill(name, tmp_path, '-p', 'out', str(tmp_path))          # finished stages are not trained again
+        assert again.returncode == 0 and 'nothing to do' in (tmp_path / 'run.ipynb').read_text()
+
+
+@pytest.mark.parametrize('words, sentence', [
+    (('-p', 'scale', 'xxl'), 'smoke'), (('-p', 'scael', 'xl'), 'scale'), (('-p', 'stage', 'decoder'), 'text-to-image'),
+    (('-p', 'steps', '-3'), 'steps'), (('-p', 'data', 'nowhere/*.tar'), 'No shards at')])
+def test_bad_parameters_end_before_work_starts(words, sentence, tmp_path):
+    done = papermill('train', tmp_path, *words)
+    assert done.returncode and sentence in done.stderr[-3000:]
+    assert not list(tmp_path.glob('*.safetensors'))

@@ -1,0 +1,103 @@
+"""The pipeline: seeds, batches, folders and the sentences of its errors."""
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from flowtok.config import preset
+from flowtok.pipeline import FlowTokPipeline, embedded_weights
+from flowtok.scenes import captions, draw_scene, render
+
+
+@pytest.fixture(scope='module')
+def pipe():
+    return FlowTokPipeline.from_pretrained()
+
+
+prompts = [captions(draw_scene(i, 'held_out'), i, 1, 'held_out')[0] for i in range(5)]
+
+
+def test_embedded_weights_are_small_and_whole(pipe):
+    assert sum(file.stat().st_size for file in embedded_weights().iterdir()) <= 10e6
+    assert pipe.available == {'tokenizer', 'text', 'text-to-image', 'image-to-text'}
+
+
+def test_one_prompt_or_many_and_every_output_type(pipe):
+    one = pipe(prompts[0], num_inference_steps=2)
+    assert len(one) == 1 and one[0].size == (64, 64)
+    images = pipe(prompts, num_inference_steps=2, output_type='pt')
+    assert images.shape == (5, 3, 64, 64) and 0 <= images.min() and images.max() <= 1
+    assert pipe(prompts, num_inference_steps=2, output_type='tokens').shape == (5, 16, 16)
+
+
+def test_a_picture_depends_on_its_own_generator_alone(pipe):
+    def run(which, batch_size):
+        generators = [torch.Generator().manual_seed(i) for i in which]
+        return pipe([prompts[i] for i in which], 3, generator=generators, output_type='pt', batch_size=batch_size)
+    together, apart = run(range(5), 5), torch.cat([run([i], 1) for i in range(5)])
+    assert torch.allclose(together, apart, atol=1e-5)
+    assert torch.equal(run(range(5), 2), run(range(5), 2))
+
+
+def test_one_generator_serves_all_in_order(pipe):
+    first, second = (pipe(prompts, 2, generator=torch.Generator().manual_seed(3), output_type='pt', batch_size=n) for n in (5, 2))
+    assert torch.allclose(first, second, atol=1e-5)
+
+
+def test_save_and_load_give_the_same(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = FlowTokPipeline.from_pretrained(tmp_path)
+    draws = [p(prompts, 2, generator=torch.Generator().manual_seed(0), output_type='pt') for p in (pipe, again)]
+    assert torch.equal(*draws)
+
+
+def test_captions_take_any_picture(pipe):
+    picture = Image.fromarray(render(draw_scene(0, 'seen')))
+    same = pipe.caption([picture, picture.convert('RGBA'), picture.resize((128, 128), Image.Resampling.NEAREST)], 4)
+    assert len(same) == 3 and same[0] == same[1]
+    assert len(pipe.caption([picture.convert(mode) for mode in ('L', 'P', 'CMYK')] + [picture.crop((0, 0, 50, 20))], 2)) == 4
+    assert pipe.caption(picture, 4) == same[:1]
+
+
+def test_bad_input_gets_one_sentence(pipe, tmp_path):
+    for call, words in (
+            (lambda: pipe([]), 'list of prompts is empty'),
+            (lambda: pipe(['a red elephant']), 'elephant'),
+            (lambda: pipe(prompts, output_type='png'), 'choose one of pil, pt, tokens'),
+            (lambda: pipe(prompts, 0), '0'),
+            (lambda: pipe(prompts, solver='best'), 'euler'),
+            (lambda: pipe(prompts, generator=[torch.Generator()]), '5 pictures need 5 generators'),
+            (lambda: pipe.caption([]), 'an empty list'),
+            (lambda: pipe.caption(['a.png']), 'got str'),
+            (lambda: pipe.caption(torch.rand(1, 3, 32, 32)), r'\(b, 3, 64, 64\)')):
+        with pytest.raises(ValueError, match=words):
+            call()
+    with pytest.raises(FileNotFoundError, match='no config.json'):
+        FlowTokPipeline.from_pretrained(tmp_path)
+
+
+def test_a_long_prompt_is_cut_and_said_once(pipe):
+    with pytest.warns(UserWarning):
+        pipe([' and '.join(['a red circle'] * 9)], 1)
+
+
+def test_missing_and_wrong_weights(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path, ['tokenizer', 'text'])
+    part = FlowTokPipeline.from_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match='no weights for text-to-image: it has text, tokenizer'):
+        part(prompts)
+    (tmp_path / 'tokenizer.safetensors').write_bytes((tmp_path / 'text.safetensors').read_bytes())
+    with pytest.raises(ValueError, match='does not fit this ImageTokenizer'):
+        FlowTokPipeline.from_pretrained(tmp_path)
+    (tmp_path / 'tokenizer.safetensors').write_bytes(b'not a file of tensors')
+    with pytest.raises(ValueError, match='not a whole safetensors file'):
+        FlowTokPipeline.from_pretrained(tmp_path)
+
+
+def test_the_paper_size_runs_without_weights_only_with_a_sentence():
+    with torch.device('meta'):
+        pipe = FlowTokPipeline(preset('tiny'))
+    with pytest.raises(RuntimeError, match='it has none'):
+        pipe(prompts)
+    assert json.loads((embedded_weights() / 'config.json').read_text())['name'] == 'tiny'

@@ -1,0 +1,249 @@
+"Captions, their features and tokens: definitions written out a second time, checkpoints, and what is refused."
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from flowtok.config import FlowTokConfig, TextConfig, TokenizerConfig, preset
+from flowtok.text import (AlignmentMLP, ClipTextEncoder, ProjectorLayer, TextDecoder, TextProjector,
+                          WordTextEncoder, load_clip, pad_ids, tell_truncation, text_encoder)
+
+tiny = preset('tiny')
+
+
+@pytest.fixture
+def words():
+    return WordTextEncoder(tiny.text)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    "CLIP's text side with a small tower in place of the large one."
+    import open_clip
+    sizes = {'context_length': 77, 'vocab_size': 49408, 'width': 32, 'heads': 2, 'layers': 3}
+    monkeypatch.setattr(open_clip, 'get_model_config', lambda name: {'text_cfg': sizes})
+    return TextConfig(width=32)
+
+
+# captions and ids
+
+def test_rows_are_padded_and_cut():
+    tell_truncation.cache_clear()
+    with pytest.warns(UserWarning, match='longer than 3 ids'):
+        assert pad_ids([[4, 1], [4, 5, 6, 7, 1], [4, 5, 1]], 3).tolist() == [[4, 1, 0], [4, 5, 1], [4, 5, 1]]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        pad_ids([[4, 5, 6, 7, 1]], 3)
+
+
+def test_words_there_and_back(words):
+    every = [' '.join(tiny.text.vocabulary[i:i + 15]) for i in range(0, len(tiny.text.vocabulary), 15)]
+    ids = words.tokenize(every)
+    assert ids.dtype == torch.long and ids.max() == tiny.text.vocab_size - 1
+    assert words.decode_ids(ids) == every
+    assert words.decode_ids(torch.tensor([[5, 0, 6, 1, 7]])) == [f'{words.words[5]} {words.words[6]}']
+    assert words.decode_ids(torch.tensor([[5, 6]])) == [f'{words.words[5]} {words.words[6]}']
+
+
+def test_case_and_punctuation_do_not_matter(words):
+    plain = words.tokenize('a large red circle left of a small star')
+    assert torch.equal(words.tokenize(['  A LARGE, red circle;\nleft-of "a" small star!']), plain)
+    assert words.tokenize(['']).tolist() == [[1] + [0] * 15]
+
+
+@pytest.mark.parametrize('captions, message', [
+    ([], 'There is no caption: give at least one string.'),
+    ([7], 'A caption must be a string, got 7.'),
+    (['a circle', None], 'A caption must be a string, got None.'),
+    (['a trianlge'], "The word 'trianlge' is unknown. Did you mean 'triangle'\\? Known words: a, an, there,"),
+    (['a circle', 'ein Kreis'], "The word 'ein' is unknown."),
+    (['<end>', '<pad>'], "The word 'end' is unknown."),
+])
+def test_bad_captions(words, captions, message):
+    with pytest.raises(ValueError, match=message):
+        words.tokenize(captions)
+
+
+def test_word_features_are_frozen_and_need_no_file(words):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    again = WordTextEncoder(tiny.text)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(x, again.state_dict()[name]) for name, x in words.state_dict().items())
+    assert not any(p.requires_grad for p in words.parameters())
+    with torch.device('meta'):
+        assert next(WordTextEncoder(tiny.text).parameters()).device.type == 'cpu'
+
+
+def test_word_features_have_not_changed(words):
+    "Trained weights rely on these numbers."
+    features = words(words.tokenize(['a small red circle']))
+    assert features.shape == (1, 16, 128)
+    expected = torch.tensor([[-0.07436, -1.55148, -0.34388, -0.84198], [-1.24109, 0.57177, -0.72414, 0.27937]])
+    assert torch.allclose(features[0, :2, :4], expected, atol=1e-4), features[0, :2, :4]
+
+
+# CLIP
+
+def test_clip_ids(small):
+    clip = text_encoder(small)
+    ids = clip.tokenize(['a photo of a cat', 'a ' * 100])
+    assert ids.shape == (2, 77) and ids.dtype == torch.long
+    assert ids[0].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407] + 70 * [0]
+    assert ids[1].tolist() == [49406] + 75 * [320] + [49407]
+    assert torch.equal(ids, clip.bpe(['a photo of a cat', 'a ' * 100]))
+    assert clip.decode_ids(ids) == ['a photo of a cat', ' '.join(75 * 'a')]
+    assert clip.decode_ids(torch.tensor([[320, 2368], [49407, 320]])) == ['a cat', '']
+    for captions in ([], ['a cat', 3]):
+        with pytest.raises(ValueError, match='caption'):
+            clip.tokenize(captions)
+
+
+def written_out(tower, ids, gelu):
+    "The features of a CLIP text tower, from its weights."
+    x = tower.token_embedding.weight[ids] + tower.positional_embedding
+    b, n, c = x.shape
+    later = torch.ones(n, n).triu(1).bool()
+    for block in tower.transformer.resblocks:
+        attn, mlp = block.attn, block.mlp
+        qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
+        q, k, v = qkv.view(b, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.transpose(-1, -2) / q.shape[-1]**0.5).masked_fill(later, -torch.inf)
+        x = x + attn.out_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, c))
+        x = x + mlp.c_proj(gelu(mlp.c_fc(block.ln_2(x))))
+    return tower.ln_final(x)
+
+
+@pytest.mark.parametrize('activation, gelu', [('quick_gelu', lambda x: x * torch.sigmoid(1.702 * x)), ('gelu', F.gelu)])
+def test_clip_features_written_out(small, activation, gelu):
+    clip = ClipTextEncoder(replace(small, activation=activation))
+    for p in clip.tower.parameters():
+        nn.init.normal_(p, std=0.3)  # larger than the usual start, so that the two activations differ
+    ids = clip.tokenize(['a photo of a cat', 'two cats'])
+    features = clip(ids)
+    assert features.shape == (2, 77, 32) and not features.requires_grad
+    expected = written_out(clip.tower, ids, gelu)
+    assert (features - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize('prefix', ['', 'text.'])
+def test_clip_weights_from_a_file(small, tmp_path, prefix):
+    source = ClipTextEncoder(small)
+    state = {f'{prefix}{name}': x for name, x in source.tower.state_dict().items()}
+    state |= {'visual.conv1.weight': torch.zeros(2), 'logit_scale': torch.zeros(()),
+              f'{prefix}text_projection': torch.zeros(32, 32)}
+    save_file(state, tmp_path / 'clip.safetensors')
+    torch.save(state, tmp_path / 'clip.pt')
+    ids = source.tokenize(['a photo of a cat'])
+    for name in ('clip.safetensors', 'clip.pt'):
+        assert torch.equal(ClipTextEncoder(small, tmp_path / name)(ids), source(ids))
+        assert torch.equal(ClipTextEncoder(small, str(tmp_path / name))(ids), source(ids))
+
+
+def test_clip_weights_that_are_none(small, tmp_path, monkeypatch):
+    import open_clip
+    save_file({'embed.weight': torch.zeros(2)}, tmp_path / 'other.safetensors')
+    with pytest.raises(ValueError, match='other.safetensors does not hold the text tower of CLIP ViT-L-14-336.'):
+        ClipTextEncoder(small, tmp_path / 'other.safetensors')
+    with pytest.raises(FileNotFoundError, match="There is no file .*: CLIP weights are 'openai' or a file"):
+        ClipTextEncoder(small, 'laion')
+
+    def offline(cfg):
+        raise FileNotFoundError('Failed to download file')
+    monkeypatch.setattr(open_clip, 'download_pretrained', offline)
+    with pytest.raises(FileNotFoundError, match=r"weights 'openai' of CLIP ViT-L-14-336 \(1.7 GB\) could not be downl"):
+        ClipTextEncoder(small, 'openai')
+
+
+def test_openai_weights_are_where_open_clip_keeps_them(small, tmp_path, monkeypatch):
+    import open_clip
+    source, asked = ClipTextEncoder(small), []
+    save_file(source.tower.state_dict(), tmp_path / 'open_clip_model.safetensors')
+    monkeypatch.setattr(open_clip, 'download_pretrained',
+                        lambda cfg: asked.append(cfg['hf_hub']) or str(tmp_path / 'open_clip_model.safetensors'))
+    load_clip(ClipTextEncoder(small).tower, 'openai')
+    assert asked == ['timm/vit_large_patch14_clip_336.openai/']
+
+
+def test_clip_of_another_size(small):
+    with pytest.raises(ValueError, match="CLIP ViT-L-14-336 has .*'width': 32.*, not .*'width': 64"):
+        ClipTextEncoder(replace(small, width=64))
+
+
+# projector, target, decoder
+
+def projected(layer, x):
+    "A projector layer from its weights, without dropout."
+    def norm(x, by):
+        centred = x - x.mean(-1, keepdim=True)
+        deviation = (centred.square().sum(-1, keepdim=True) / (x.shape[-1] - 1)).sqrt()
+        return by.weight * centred / (deviation + 1e-5) + by.bias
+    heads = []
+    for head in range(layer.heads):
+        part = slice(head * x.shape[-1] // layer.heads, (head + 1) * x.shape[-1] // layer.heads)
+        q, k, v = (f(x)[..., part] for f in (layer.q, layer.k, layer.v))
+        heads.append((q @ k.transpose(1, 2) / q.shape[-1]**0.5).softmax(-1) @ v)
+    x = norm(x + layer.out(torch.cat(heads, -1)), layer.norm1)
+    return norm(x + layer.fc2(layer.fc1(x).clamp(min=0)), layer.norm2)
+
+
+def test_projector_written_out():
+    config = FlowTokConfig('x', TokenizerConfig(num_tokens=5, token_dim=3), TextConfig(
+        length=5, width=12, projector_depth=2, projector_heads=4, projector_hidden=20))
+    projector, x = TextProjector(config).eval(), torch.randn(2, 5, 12)
+    for p in projector.parameters():
+        nn.init.normal_(p, std=0.5)
+    expected = x
+    for layer in projector.layers:
+        expected = projected(layer, expected)
+    mean, logvar = projector.linear(expected).split(3, -1)
+    posterior = projector(x)
+    assert torch.allclose(posterior.mean, mean, atol=1e-4) and torch.allclose(posterior.logvar, logvar, atol=1e-4)
+
+
+def test_logvar_is_not_clamped():
+    projector = TextProjector(tiny)
+    nn.init.constant_(projector.linear.bias, 100.)
+    assert projector(torch.randn(1, 16, 128)).logvar.min() > 90
+
+
+def test_dropout_in_training_only():
+    layer, x = ProjectorLayer(16, 4, 32, dropout=0.1), torch.randn(4, 7, 16)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    still = ProjectorLayer(16, 4, 32, dropout=0.)
+    assert torch.equal(still(x), still(x))
+
+
+def test_layers_start_as_copies_and_part_ways():
+    projector = TextProjector(tiny)
+    first, last = projector.layers[0], projector.layers[-1]
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), last.parameters()))
+    assert not {p.data_ptr() for p in first.parameters()} & {p.data_ptr() for p in last.parameters()}
+
+
+def test_target_is_made_position_by_position():
+    mlp, features = AlignmentMLP(tiny), torch.randn(2, 16, 128)
+    assert torch.allclose(mlp(features)[:, 3], mlp(features[:, 3]), atol=1e-6)
+
+
+def test_decoder_sees_all_positions():
+    decoder, tokens = TextDecoder(tiny), torch.randn(1, 16, 16)
+    changed = tokens.clone()
+    changed[0, 9] += 1
+    moved = (decoder(tokens) - decoder(changed)).abs().amax(-1)[0]
+    assert decoder(tokens).shape == (1, 16, tiny.text.vocab_size) and (moved > 1e-5).all() and moved.argmax() == 9
+
+
+@pytest.mark.parametrize('part', [TextProjector, TextDecoder, AlignmentMLP])
+def test_everything_learns(part):
+    net = part(tiny)
+    out = net(torch.randn(2, 16, 16 if part is TextDecoder else 128))
+    loss = out.sample().square().mean() if part is TextProjector else out.square().mean()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
