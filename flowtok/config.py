@@ -6,13 +6,13 @@
 __all__ = ['WORDS', 'presets', 'stages', 'paper_recipes', 'tiny_base', 'tiny_recipes', 'check_heads', 'TokenizerConfig',
            'TextConfig', 'FlowConfig', 'FlowTokConfig', 'preset', 'to_json', 'build', 'from_json', 'Recipe', 'recipe']
 
-# %% ../nbs/00_config.ipynb #b058ac57
+# %% ../nbs/00_config.ipynb #a0029f0e
 import json
 import math
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import get_type_hints
 
-# %% ../nbs/00_config.ipynb #94934d32
+# %% ../nbs/00_config.ipynb #618b6fb0
 def check_heads(
     what: str,  # whose attention, for the message
     width: int,  # of a token
@@ -24,7 +24,7 @@ def check_heads(
         raise ValueError(f"The {what}'s width must be a multiple of {multiple} times its heads, got width {width} and "
                          f"{heads} heads.")
 
-# %% ../nbs/00_config.ipynb #6489ad86
+# %% ../nbs/00_config.ipynb #b44daa12
 @dataclass(frozen=True)
 class TokenizerConfig:
     "The image tokenizer: an encoder and a decoder around a few latent tokens."
@@ -58,14 +58,14 @@ class TokenizerConfig:
             raise ValueError(f"Anchored tokens need rotary positions and a square number of tokens whose root divides "
                              f"{grid}, the patches along a side: got {self.positions!r} and {self.num_tokens} tokens.")
 
-# %% ../nbs/00_config.ipynb #c098e656
+# %% ../nbs/00_config.ipynb #0b1d3156
 WORDS = ('a', 'an', 'there', 'is', 'picture', 'of', 'and', 'with', 'beside', 'on', 'background', 'shape',
          'left', 'right', 'above', 'below', 'small', 'large',
          'red', 'orange', 'yellow', 'green', 'cyan', 'blue', 'purple', 'pink',
          'circle', 'square', 'triangle', 'star', 'cross', 'ring',
          'white', 'grey', 'black', 'plain', 'striped', 'checked', 'dotted')
 
-# %% ../nbs/00_config.ipynb #9034a999
+# %% ../nbs/00_config.ipynb #9326f95e
 @dataclass(frozen=True)
 class TextConfig:
     "The text side: a frozen encoder, a projector into the space of the flow, a decoder back to words."
@@ -95,7 +95,7 @@ class TextConfig:
             raise ValueError(f"vocab_size must be the number of words plus 2, {len(self.vocabulary) + 2}, "
                              f"got {self.vocab_size}.")
 
-# %% ../nbs/00_config.ipynb #ecd17507
+# %% ../nbs/00_config.ipynb #568c12dc
 @dataclass(frozen=True)
 class FlowConfig:
     "The velocity network, a DiT."
@@ -115,17 +115,17 @@ class FlowTokConfig:
     text: TextConfig = TextConfig()
     flow: FlowConfig = FlowConfig()
 
-# %% ../nbs/00_config.ipynb #02b164db
+# %% ../nbs/00_config.ipynb #bdd73904
 presets = {
     'tiny': FlowTokConfig(
         'tiny',
         TokenizerConfig(image_size=64, patch_size=8, num_tokens=16, encoder_width=128, encoder_depth=2, encoder_heads=4,
-                        decoder_width=128, decoder_depth=2, decoder_heads=4, rope_theta=10., anchored=True,
+                        decoder_width=128, decoder_depth=3, decoder_heads=4, rope_theta=10., anchored=True,
                         initial_logvar=-5., latent_scale=1.),
         TextConfig('words', length=16, width=128, vocab_size=len(WORDS) + 2, vocabulary=WORDS, projector_depth=2,
                    projector_heads=4, projector_hidden=256, projector_dropout=0., align_hidden=128, decoder_depth=2,
                    decoder_width=128, decoder_heads=4),
-        FlowConfig(depth=6, width=128, heads=4)),
+        FlowConfig(depth=4, width=128, heads=4)),
     's': FlowTokConfig('s', flow=FlowConfig(12, 384, 6)),
     'b': FlowTokConfig('b', flow=FlowConfig(12, 768, 12)),
     'l': FlowTokConfig('l', flow=FlowConfig(24, 1024, 16)),
@@ -141,14 +141,14 @@ def preset(
         raise ValueError(f"Scale {name!r} is unknown: choose one of {', '.join(presets)}.")
     return presets[name]
 
-# %% ../nbs/00_config.ipynb #9cdfb014
+# %% ../nbs/00_config.ipynb #dbfd352d
 def to_json(
     config,  # any of the dataclasses of this page
 ) -> str:  # indented JSON
     "A config as text."
     return json.dumps(asdict(config), indent=2)
 
-# %% ../nbs/00_config.ipynb #c95704ca
+# %% ../nbs/00_config.ipynb #b0c27e3c
 def build(
     kind: type,  # a dataclass of this page
     values: dict,  # its fields by name
@@ -172,7 +172,7 @@ def build(
         found[name] = value
     return kind(**found)
 
-# %% ../nbs/00_config.ipynb #93798980
+# %% ../nbs/00_config.ipynb #1dbb8b01
 def from_json(
     text: str,  # what `to_json` wrote
     kind: type = FlowTokConfig,  # the dataclass that was written
@@ -184,7 +184,7 @@ def from_json(
         raise ValueError(f"The config is not JSON: {error}.") from None
     return build(kind, values, 'The config')
 
-# %% ../nbs/00_config.ipynb #8147fb94
+# %% ../nbs/00_config.ipynb #a401e1b2
 stages = ('tokenizer', 'text', 'text-to-image', 'image-to-text')
 
 
@@ -212,6 +212,7 @@ class Recipe:
     p_start: float = 0.5  # flows: share of t = 0 in the 'mixture'
     indicator_probability: float = 0.1  # flows: share of null samples
     source_noise: float = 0.  # flows: standard deviation of noise added to the source
+    whiten: bool = False  # tokenizer: measure the tokens at the end, so that the flow sees mean 0 and deviation 1
 
     def __post_init__(self):
         for name, good in (('optimizer', ('adamw', 'muon')), ('schedule', ('constant', 'cosine')),
@@ -225,7 +226,7 @@ class Recipe:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
 
-# %% ../nbs/00_config.ipynb #03948576
+# %% ../nbs/00_config.ipynb #0c935bb1
 paper_recipes = {
     'tokenizer': Recipe(650_000, 1024, learning_rate=1e-4, betas=(0.9, 0.999), weight_decay=1e-4, warmup=10_000,
                         schedule='cosine', final_share=0.1, ema=0.999, clip=1., kl_weight=1e-6),
@@ -233,13 +234,14 @@ paper_recipes = {
     'text-to-image': Recipe(1_000_000, 4096, kl_weight=1e-4, align_weight=1.),
     'image-to-text': Recipe(1_000_000, 4096)}
 
-tiny_base = Recipe(1000, 64, 'muon', 3e-3, 6e-3, weight_decay=0., warmup=50, schedule='cosine', ema=0.995,
+tiny_base = Recipe(1000, 64, 'muon', 2e-3, 5e-3, weight_decay=0., warmup=50, schedule='cosine', ema=0.995,
                    precision='fp32', time_sampling='mixture')
 tiny_recipes = {
-    'tokenizer': replace(tiny_base, steps=5000, batch_size=16, kl_weight=1e-6, edge_weight=4., text_drop=0.9),
-    'text': replace(tiny_base, steps=300, kl_weight=1e-4),
-    'text-to-image': replace(tiny_base, steps=1800, kl_weight=1e-4, align_weight=1.),
-    'image-to-text': replace(tiny_base, steps=2100)}
+    'tokenizer': replace(tiny_base, steps=1500, batch_size=32, learning_rate=3e-3, matrix_learning_rate=1e-2,
+                         kl_weight=1e-7, edge_weight=4., text_drop=0.9, whiten=True),
+    'text': replace(tiny_base, steps=200, kl_weight=3e-4),
+    'text-to-image': replace(tiny_base, steps=1800, kl_weight=3e-4, align_weight=1.),
+    'image-to-text': replace(tiny_base, steps=1500)}
 
 
 def recipe(

@@ -137,3 +137,90 @@ def test_gradient_norms(model, golden, described, case):
     relative = described['tolerance']['gradient_norm_relative']
     wrong = {k: (found[k], v) for k, v in expected.items() if abs(found[k] - v) > max(relative * v, 1e-6)}
     assert not wrong
+
+
+# what the network can be asked
+
+@pytest.fixture
+def tiny():
+    torch.manual_seed(0)
+    model = FlowTok(preset('tiny'))
+    for p in model.dit.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def test_one_time_or_many(tiny):
+    x, times = torch.randn(3, 16, 16), torch.full((3,), 0.25)
+    expected = tiny.velocity(x, times, torch.zeros(3, dtype=torch.long))
+    for t in (0.25, torch.tensor(0.25), times, times.double()):
+        assert torch.equal(tiny.velocity(x, t, 0), expected)
+    assert not torch.allclose(tiny.velocity(x, 0.25, 1), expected)
+    assert not torch.allclose(tiny.velocity(x, 0.75, 0), expected)
+    mixed = tiny.velocity(x, 0.25, torch.tensor([0, 1, 0]))
+    assert torch.allclose(mixed[::2], expected[::2], atol=1e-5) and not torch.allclose(mixed[1], expected[1])
+
+
+def test_time_stays_exact_in_half_precision(tiny):
+    asked = []
+    tiny.bfloat16().dit.time.register_forward_pre_hook(lambda module, args: asked.append(args[0]))
+    v = tiny.velocity(torch.randn(2, 16, 16).bfloat16(), torch.tensor([0.9502, 0.9504]), 0)
+    assert v.dtype == torch.bfloat16 and v.isfinite().all()
+    assert asked[0].dtype == torch.float32 and asked[0][0] != asked[0][1]
+
+
+@pytest.mark.parametrize('shape', [(2, 16, 8), (2, 77, 16), (16, 16), (2, 16, 16, 1)])
+def test_tokens_of_another_shape(tiny, shape):
+    with pytest.raises(ValueError, match=r'must have the shape \(b, 16, 16\), got'):
+        tiny.velocity(torch.zeros(shape), 0., 0)
+
+
+def test_as_many_text_tokens_as_image_tokens():
+    config = preset('tiny')
+    with pytest.raises(ValueError, match='a text length of 20 and num_tokens 16'):
+        FlowTok(replace(config, text=replace(config.text, length=20)))
+
+
+# sizes and start
+
+@pytest.mark.parametrize('name', ['s', 'b', 'l', 'xl', 'h'])
+def test_names_are_those_of_the_released_files(name, released):
+    with torch.device('meta'):
+        state = FlowTok(preset(name)).state_dict()
+    depth = preset(name).flow.depth
+    blocks = {k.replace('blocks.0.', '') for k in state if k.startswith('dit.blocks.0.')}
+    assert {k for k in state if '.blocks.' not in k and '.layers.' not in k} == \
+        {k for k in released if '.blocks.' not in k and '.layers.' not in k}
+    assert len([k for k in state if k.startswith('dit.blocks.')]) == depth * len(blocks)
+    assert {k.replace('blocks.0.', '') for k in released if k.startswith('dit.blocks.0.')} == blocks
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    model = FlowTok(preset('tiny'))
+    block = model.dit.blocks[0]
+    for linear in (model.dit.embed, block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+        bound = (6 / sum(linear.weight.shape))**0.5
+        assert 0.95 * bound < linear.weight.abs().max() <= bound and (linear.bias == 0).all()
+    for module in (model.dit.time.mlp[0], model.dit.time.mlp[2], model.dit.indicator):
+        assert abs(module.weight.std() - 0.02) < 0.002
+    assert all((module.bias == 0).all() for module in model.dit.time.mlp[::2])
+    for module in [b.modulation for b in model.dit.blocks] + [model.dit.final.modulation, model.dit.final.linear]:
+        assert (module.weight == 0).all() and (module.bias == 0).all()
+    bound = model.alignment[0].in_features**-0.5                                 # what PyTorch does unasked
+    assert 0.95 * bound < model.alignment[0].weight.abs().max() <= bound and model.alignment[0].bias.abs().max() > 0
+    assert abs(model.temperature.exp().item() - 1 / 0.07) < 1e-4
+
+
+def test_positions_are_stored_and_never_trained(tiny):
+    assert 'dit.positions' in tiny.state_dict() and not tiny.dit.positions.requires_grad
+
+
+def test_all_else_is_trained(tiny):
+    text_features, x1 = torch.randn(4, 16, 128), torch.randn(4, 16, 16)
+    x0, t = tiny.project(text_features).sample(), torch.rand(4)
+    flow = flow_matching_loss(tiny.velocity, x0, x1, t, torch.tensor([0, 1, 1, 0])).mean()
+    (flow + alignment_loss(x0, tiny.alignment_target(text_features), tiny.temperature)).backward()
+    still = [name for name, p in tiny.named_parameters() if p.grad is None or not p.grad.any()]
+    assert still == ['dit.positions']

@@ -1,0 +1,305 @@
+"Scenes: what a seed means, what captions say, what the reader refuses, and shards that stop and go on."
+import json
+import math
+import random
+import tarfile
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flowtok import scenes
+from flowtok.scenes import (COLOURS, HELD_OUT, SHAPES, SIZES, SPLITS, WORDS, Scene, Thing, agrees, captions,
+                            draw_scene, is_true, parse, read, relation, render, shows, texture_pattern, write_shards)
+
+red_star = Thing('star', 'red', 'large', SIZES['large'], .2, (.9, .1, .1))
+
+
+def on_white(*things): return Scene(things, 'white', 'plain', .87)
+
+
+# drawing
+
+@pytest.mark.parametrize('split, things, tone, texture, text', [
+    ('train', [('circle', 'orange', 'large'), ('square', 'red', 'small')], 'grey', 'plain', ''),
+])
+def test_a_seed_keeps_its_meaning(split, things, tone, texture, text):
+    scene = draw_scene(12345, split)
+    assert [(o.shape, o.colour, o.size) for o in scene.things] == things
+    assert (scene.tone, scene.texture) == (tone, texture)
+    assert captions(scene, 12345, split=split)[0] == text
+
+
+@pytest.mark.parametrize('split', SPLITS)
+def test_scenes_keep_their_rules(split):
+    for seed in range(150):
+        things = draw_scene(seed, split).things
+        pairs = {(o.shape, o.colour) for o in things}
+        assert len(pairs) == len(things) <= 3 and bool(pairs & HELD_OUT) == (split == 'held_out')
+        for i, a in enumerate(things):
+            reach = a.radius * scenes.REACH[a.shape]
+            assert reach < min(a.x, a.y, 1 - a.x, 1 - a.y) and abs(a.radius / SIZES[a.size] - 1) <= .05 and abs(a.angle) <= scenes.TILT
+            assert all(math.hypot(a.x - b.x, a.y - b.y) > reach + b.radius * scenes.REACH[b.shape] for b in things[:i])
+
+
+@pytest.mark.parametrize('size', [16, 64, 100, 256])
+def test_pictures_have_the_size_asked_for(size):
+    image = render(draw_scene(1), size)
+    assert image.shape == (size, size, 3) and image.dtype == np.uint8
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_large_pictures_are_the_small_ones_in_detail(seed):
+    large = render(draw_scene(seed), 256).reshape(64, 4, 64, 4, 3).mean((1, 3))
+    difference = np.abs(large - render(draw_scene(seed), 64))
+    assert difference.mean() < 1.5 and np.percentile(difference, 95) < 10
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_areas_are_what_the_reader_believes(shape):
+    a, _ = scenes.coverage(replace(red_star, shape=shape, radius=.3), 512)
+    assert a.sum() / 512**2 / .3**2 == pytest.approx(scenes.AREA[shape], rel=.01)
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_shapes_reach_as_far_as_they_say(shape):
+    angle = np.linspace(0, 2 * math.pi, 3600)
+    around = np.stack([np.cos(angle), np.sin(angle)], -1)
+    assert scenes.shape_distance(shape, around * scenes.REACH[shape] * 1.002).min() > 0
+
+
+@pytest.mark.parametrize('texture', scenes.TEXTURES[1:])
+def test_textures_have_four_periods(texture):
+    pattern = texture_pattern(texture, False, False, 64)
+    assert np.allclose(pattern, np.roll(pattern, (16, 16), (0, 1))) and .2 < pattern.mean() < .55
+
+
+@pytest.mark.parametrize('call, sentence', [
+    (lambda: draw_scene(-1), 'seed must be a whole number of at least 0, got -1.'),
+    (lambda: draw_scene(1.5), 'seed must be a whole number of at least 0, got 1.5.'),
+    (lambda: draw_scene(0, 'val'), "Split 'val' is unknown: choose one of train, seen, held_out."),
+    (lambda: captions(draw_scene(0), 0, split='val'), "Split 'val' is unknown"),
+    (lambda: render(draw_scene(0), 8), 'size must be a whole number of at least 16, got 8.'),
+])
+def test_bad_input_is_named(call, sentence):
+    with pytest.raises(ValueError, match=sentence.replace('.', r'\.')): call()
+
+
+# captions
+
+@pytest.mark.parametrize('split', SPLITS)
+def test_captions_are_short_true_and_made_of_words(split):
+    for seed in range(150):
+        scene = draw_scene(seed, split)
+        for text in captions(scene, seed, split=split):
+            assert set(text.split()) <= set(WORDS) and len(text.split()) <= 15
+            assert is_true(text, scene), text
+
+
+def test_held_out_pairs_are_named_in_full():
+    for seed in range(150):
+        pairs = {(o.shape, o.colour) for o in draw_scene(seed, 'held_out').things} & HELD_OUT
+        for text in captions(draw_scene(seed, 'held_out'), seed, split='held_out'):
+            assert all(f'{colour} {shape}' in text for shape, colour in pairs)
+
+
+def test_an_stands_before_orange_only():
+    texts = [text for seed in range(300) for text in captions(draw_scene(seed), seed)]
+    pairs = {pair for text in texts for pair in zip(text.split(), text.split()[1:])}
+    assert {word for article, word in pairs if article == 'an'} == {'orange'} and ('a', 'orange') not in pairs
+
+
+def test_more_captions_begin_with_the_same_ones():
+    assert captions(draw_scene(5), 5, n=9)[:5] == captions(draw_scene(5), 5)
+
+
+def test_parse_takes_captions_and_nothing_else():
+    rng, texts = random.Random(0), [text for seed in range(100) for text in captions(draw_scene(seed), seed)]
+    assert all(parse(text) for text in texts) and parse('  A  Red\nstar ') == parse('a red star')
+    for text in ['', 'star', 'a', 'a red', 'red star', 'a star on', 'a star on red', 'a star on a white', 'a star.',
+                 'a red small star', 'a star and', 'a star a ring', 'a star left a ring', 'a star on white on white',
+                 'a star and a ring with a star', 'a star and a ring and a star and a ring', 'there is', 'a shape shape',
+                 'a star on white background', 'there is a picture of a star', 'a star on white background a']:
+        assert parse(text) is None, text
+    for text in texts:  # one word less is another caption or none, never an accident
+        words = text.split()
+        del words[rng.randrange(len(words))]
+        parse(' '.join(words))
+
+
+def test_statements_are_true_or_not():
+    blue_ring = replace(red_star, shape='ring', colour='blue', size='small', x=.2, y=.45)
+    scene = replace(on_white(red_star, blue_ring), texture='dotted')
+    for text in ['a star and a ring', 'a ring with a star', 'a blue ring left of a red star', 'a shape and a shape',
+                 'a large red star right of a small blue ring on a dotted background', 'a star and a ring on white']:
+        assert is_true(text, scene), text
+    for text in ['a star', 'a star and a ring and a shape', 'a ring right of a star', 'a ring above a star',
+                 'a blue star and a red ring', 'a small star and a ring', 'a star and a ring on black',
+                 'a star and a ring on plain', 'a star and a star', 'a star and a ring!', '']:
+        assert not is_true(text, scene), text
+
+
+def test_what_may_be_said_is_accepted():
+    rng = np.random.default_rng(0)
+    for x, y, u, v in rng.uniform(size=(300, 4)):
+        a, b = replace(red_star, x=x, y=y), replace(red_star, x=u, y=v)
+        assert set(relation(a, b)) <= set(relation(a, b, clear=False)) and len(relation(a, b)) <= 1
+
+
+# reading
+
+@pytest.mark.parametrize('split', SPLITS)
+@pytest.mark.parametrize('size', [64, 100, 256])
+def test_pictures_show_their_captions_and_no_others(split, size):
+    seeds = range(5_000, 5_040)
+    texts = [captions(draw_scene(seed, split), seed, split=split) for seed in seeds]
+    readings = [read(render(draw_scene(seed, split), size)) for seed in seeds]
+    right = [agrees(parse(text), *reading) for five, reading in zip(texts, readings) for text in five]
+    others = [agrees(parse(text), *reading) for five, reading in zip(texts[1:], readings) for text in five]
+    assert np.mean(right) >= .995 and np.mean(others) < .03
+
+
+def test_reading_is_repeatable_and_takes_pil_images(tmp_path):
+    image = render(draw_scene(8), 128)
+    assert read(image) == read(image.copy()) == read(Image.fromarray(image)) == read(Image.fromarray(image).convert('RGBA'))
+    Image.fromarray(image).save(tmp_path / 'a.jpg', quality=95)
+    assert shows(Image.open(tmp_path / 'a.jpg'), captions(draw_scene(8), 8)[0])
+
+
+@pytest.mark.parametrize('image', [
+    np.zeros((64, 64, 3)), np.zeros((64, 64), np.uint8), np.zeros((3, 64, 64), np.uint8), np.zeros((64, 80, 3), np.uint8),
+    np.zeros((32, 32, 3), np.uint8), np.zeros((64, 64, 4), np.uint8), Image.new('RGB', (64, 65)), [[1]], None])
+def test_what_is_no_picture_is_refused(image):
+    with pytest.raises(ValueError, match='must be a PIL image or a uint8 array'): read(image)
+
+
+vague = ['a shape', 'a shape and a shape', 'a shape and a shape and a shape', *(f'a {shape}' for shape in SHAPES),
+         *(f'a {colour} shape' for colour in COLOURS), *(f'a {size} shape' for size in SIZES)]
+
+
+def never_right(image): return not any(agrees(parse(text), *read(image)) for text in vague)
+
+
+@pytest.mark.parametrize('seed', range(8))
+def test_noise_is_never_right(seed):
+    assert never_right(np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize('level', [0, 128, 255])
+def test_blank_is_never_right(level): assert never_right(np.full((64, 64, 3), level, np.uint8))
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_touching_things_are_never_right(shape):
+    for apart in (1.4, 1.6):  # in radii
+        a, b = (replace(red_star, shape=shape, x=.5 + side * apart / 2 * red_star.radius) for side in (-1, 1))
+        assert never_right(render(on_white(a, b)))
+
+
+@pytest.mark.parametrize('shape', ['circle', 'square', 'star', 'cross', 'ring'])
+def test_half_a_thing_is_never_right(shape):
+    image = render(on_white(replace(red_star, shape=shape)))
+    image[:, 32:] = render(on_white())[:, 32:]
+    assert never_right(image)
+
+
+def test_colours_that_cancel_are_unclear_without_a_warning():
+    image = np.full((64, 64, 3), 128, np.uint8)
+    image[20:40, 20:30], image[20:40, 30:40] = (228, 78, 78), (28, 178, 178)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert never_right(image)
+        assert [o.shape for o in read(image).things] == ['unclear']
+
+
+def test_one_thing_more_or_less_or_elsewhere_is_wrong():
+    ring = replace(red_star, shape='ring', colour='blue', rgb=(.1, .2, .9), size='small', radius=SIZES['small'], x=.2)
+    text = 'a large red star right of a small blue ring'
+    assert shows(render(on_white(red_star, ring)), text)
+    for things in [(red_star,), (red_star, ring, replace(ring, x=.8, y=.8)), (red_star, replace(ring, x=.8)),
+                   (red_star, replace(ring, rgb=(.1, .9, .2))), (red_star, replace(ring, radius=SIZES['large'], y=.2)),
+                   (red_star, replace(ring, shape='circle'))]:
+        assert not shows(render(on_white(*things)), text)
+
+
+# shards
+
+def names(path):
+    with tarfile.open(path) as tar: return tar.getnames()
+
+
+def test_shards_have_the_layout_of_img2dataset(tmp_path):
+    shards = write_shards(tmp_path, 'held_out', 5, size=80, samples_per_shard=2, image_format='jpg', start=998)
+    assert [path.name for path in shards] == ['00000.tar', '00001.tar', '00002.tar']
+    assert names(shards[1]) == ['000001000.jpg', '000001000.json', '000001000.txt',
+                                '000001001.jpg', '000001001.json', '000001001.txt']
+    with tarfile.open(shards[1]) as tar:
+        assert {(entry.mtime, entry.uid) for entry in tar} == {(0, 0)}
+        facts = json.load(tar.extractfile('000001001.json'))
+        text = tar.extractfile('000001001.txt').read().decode()
+        image = Image.open(tar.extractfile('000001001.jpg'))
+        assert image.size == (80, 80) and shows(image, text)
+    assert facts['captions'] == captions(draw_scene(1001, 'held_out'), 1001, split='held_out')
+    assert facts['caption'] == text == facts['captions'][0] and facts['key'] == '000001001' and facts['seed'] == 1001
+    assert facts['width'] == facts['original_height'] == 80 and facts['status'] == 'success'
+    assert json.loads((tmp_path / 'scenes.json').read_text()) == {
+        'n': 5, 'start': 998, 'samples_per_shard': 2, 'version': scenes.VERSION, 'split': 'held_out', 'size': 80,
+        'image_format': 'jpg'}
+
+
+def test_shards_are_the_same_bytes_everywhere(tmp_path):
+    a, b = (write_shards(tmp_path / name, 'train', 4) for name in 'ab')
+    assert a[0].read_bytes() == b[0].read_bytes()
+
+
+def test_a_stopped_run_leaves_no_half_shard_and_goes_on(tmp_path, monkeypatch):
+    def stops(seed, *rest):
+        if seed == 5: raise KeyboardInterrupt
+        return scenes_sample(seed, *rest)
+
+    scenes_sample = scenes.shard_sample
+    monkeypatch.setattr(scenes, 'shard_sample', stops)
+    with pytest.raises(KeyboardInterrupt): write_shards(tmp_path, 'train', 6, samples_per_shard=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['00000.tar', '00001.tar', 'scenes.json']
+    before = (tmp_path / '00000.tar').stat().st_mtime_ns
+    monkeypatch.undo()
+    shards = write_shards(tmp_path, 'train', 6, samples_per_shard=2)
+    assert [len(names(path)) for path in shards] == [6, 6, 6]
+    assert (tmp_path / '00000.tar').stat().st_mtime_ns == before
+
+
+def test_a_complete_folder_is_only_read(tmp_path, monkeypatch):
+    write_shards(tmp_path, 'train', 2)
+    monkeypatch.setattr(scenes, 'write_shard', None)
+    assert write_shards(tmp_path, 'train', 2) == [tmp_path / '00000.tar']
+
+
+def test_other_contents_are_left_alone(tmp_path):
+    write_shards(tmp_path / 'a', 'train', 2)
+    for other in (dict(n=3), dict(n=2, size=32), dict(n=2, start=1), dict(n=2, image_format='jpg')):
+        with pytest.raises(ValueError, match='choose another folder'): write_shards(tmp_path / 'a', 'train', **other)
+    (tmp_path / 'b').mkdir()
+    (tmp_path / 'b' / '00000.tar').write_bytes(b'photographs')
+    with pytest.raises(ValueError, match='holds shards of something else'): write_shards(tmp_path / 'b', 'train', 2)
+    assert (tmp_path / 'b' / '00000.tar').read_bytes() == b'photographs'
+
+
+@pytest.mark.parametrize('arguments, sentence', [
+    (dict(split='val', n=2), 'choose one of train, seen, held_out'),
+    (dict(split='train', n=0), 'n must be a whole number of at least 1, got 0'),
+    (dict(split='train', n=2.5), 'n must be a whole number of at least 1, got 2.5'),
+    (dict(split='train', n=2, size=4), 'size must be a whole number of at least 16, got 4'),
+    (dict(split='train', n=2, start=-1), 'seed must be a whole number of at least 0, got -1'),
+    (dict(split='train', n=2, samples_per_shard=0), 'samples_per_shard must be a whole number of at least 1, got 0'),
+    (dict(split='train', n=2, image_format='gif'), "'gif' is unknown: choose one of png, jpg"),
+])
+def test_bad_sets_are_refused_before_a_folder_is_made(tmp_path, arguments, sentence):
+    with pytest.raises(ValueError, match=sentence): write_shards(tmp_path / 'new', **arguments)
+    assert not (tmp_path / 'new').exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(OSError, match=r'file.* cannot be written: .*\.$'): write_shards(tmp_path / 'file', 'train', 2)
