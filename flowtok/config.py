@@ -6,13 +6,13 @@
 __all__ = ['WORDS', 'presets', 'stages', 'paper_recipes', 'tiny_base', 'tiny_recipes', 'check_heads', 'TokenizerConfig',
            'TextConfig', 'FlowConfig', 'FlowTokConfig', 'preset', 'to_json', 'build', 'from_json', 'Recipe', 'recipe']
 
-# %% ../nbs/00_config.ipynb #a0029f0e
+# %% ../nbs/00_config.ipynb #0ae43f2c
 import json
 import math
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import get_type_hints
 
-# %% ../nbs/00_config.ipynb #618b6fb0
+# %% ../nbs/00_config.ipynb #7a7fe46f
 def check_heads(
     what: str,  # whose attention, for the message
     width: int,  # of a token
@@ -24,7 +24,7 @@ def check_heads(
         raise ValueError(f"The {what}'s width must be a multiple of {multiple} times its heads, got width {width} and "
                          f"{heads} heads.")
 
-# %% ../nbs/00_config.ipynb #b44daa12
+# %% ../nbs/00_config.ipynb #3f01963f
 @dataclass(frozen=True)
 class TokenizerConfig:
     "The image tokenizer: an encoder and a decoder around a few latent tokens."
@@ -53,19 +53,24 @@ class TokenizerConfig:
         if min(self.patch_size, self.image_size) < 1 or self.image_size % self.patch_size:
             raise ValueError(f"image_size must be a multiple of patch_size, got {self.image_size} and "
                              f"{self.patch_size}.")
-        side, grid = math.isqrt(self.num_tokens), self.image_size // self.patch_size
+        side, grid = self.anchor_side, self.image_size // self.patch_size
         if self.anchored and (self.positions != 'rope' or side**2 != self.num_tokens or grid % side):
             raise ValueError(f"Anchored tokens need rotary positions and a square number of tokens whose root divides "
                              f"{grid}, the patches along a side: got {self.positions!r} and {self.num_tokens} tokens.")
 
-# %% ../nbs/00_config.ipynb #0b1d3156
+    @property
+    def anchor_side(self) -> int:  # 1 where the tokens are not anchored
+        "Latent tokens along a side of the picture."
+        return math.isqrt(self.num_tokens) if self.anchored else 1
+
+# %% ../nbs/00_config.ipynb #4645c3a8
 WORDS = ('a', 'an', 'there', 'is', 'picture', 'of', 'and', 'with', 'beside', 'on', 'background', 'shape',
          'left', 'right', 'above', 'below', 'small', 'large',
          'red', 'orange', 'yellow', 'green', 'cyan', 'blue', 'purple', 'pink',
          'circle', 'square', 'triangle', 'star', 'cross', 'ring',
          'white', 'grey', 'black', 'plain', 'striped', 'checked', 'dotted')
 
-# %% ../nbs/00_config.ipynb #9326f95e
+# %% ../nbs/00_config.ipynb #fbca05d7
 @dataclass(frozen=True)
 class TextConfig:
     "The text side: a frozen encoder, a projector into the space of the flow, a decoder back to words."
@@ -95,7 +100,7 @@ class TextConfig:
             raise ValueError(f"vocab_size must be the number of words plus 2, {len(self.vocabulary) + 2}, "
                              f"got {self.vocab_size}.")
 
-# %% ../nbs/00_config.ipynb #568c12dc
+# %% ../nbs/00_config.ipynb #59131af3
 @dataclass(frozen=True)
 class FlowConfig:
     "The velocity network, a DiT."
@@ -115,7 +120,7 @@ class FlowTokConfig:
     text: TextConfig = TextConfig()
     flow: FlowConfig = FlowConfig()
 
-# %% ../nbs/00_config.ipynb #bdd73904
+# %% ../nbs/00_config.ipynb #4e32ebeb
 presets = {
     'tiny': FlowTokConfig(
         'tiny',
@@ -141,14 +146,14 @@ def preset(
         raise ValueError(f"Scale {name!r} is unknown: choose one of {', '.join(presets)}.")
     return presets[name]
 
-# %% ../nbs/00_config.ipynb #dbfd352d
+# %% ../nbs/00_config.ipynb #ec4523dd
 def to_json(
     config,  # any of the dataclasses of this page
 ) -> str:  # indented JSON
     "A config as text."
     return json.dumps(asdict(config), indent=2)
 
-# %% ../nbs/00_config.ipynb #b0c27e3c
+# %% ../nbs/00_config.ipynb #c6def336
 def build(
     kind: type,  # a dataclass of this page
     values: dict,  # its fields by name
@@ -172,7 +177,7 @@ def build(
         found[name] = value
     return kind(**found)
 
-# %% ../nbs/00_config.ipynb #1dbb8b01
+# %% ../nbs/00_config.ipynb #f1923462
 def from_json(
     text: str,  # what `to_json` wrote
     kind: type = FlowTokConfig,  # the dataclass that was written
@@ -184,7 +189,7 @@ def from_json(
         raise ValueError(f"The config is not JSON: {error}.") from None
     return build(kind, values, 'The config')
 
-# %% ../nbs/00_config.ipynb #a401e1b2
+# %% ../nbs/00_config.ipynb #194c8123
 stages = ('tokenizer', 'text', 'text-to-image', 'image-to-text')
 
 
@@ -226,7 +231,7 @@ class Recipe:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
 
-# %% ../nbs/00_config.ipynb #0c935bb1
+# %% ../nbs/00_config.ipynb #c8c29429
 paper_recipes = {
     'tokenizer': Recipe(650_000, 1024, learning_rate=1e-4, betas=(0.9, 0.999), weight_decay=1e-4, warmup=10_000,
                         schedule='cosine', final_share=0.1, ema=0.999, clip=1., kl_weight=1e-6),

@@ -8,10 +8,11 @@ __all__ = ['stage_classes', 'keep_memory', 'Run', 'weights_file', 'Stage', 'Toke
            'Log', 'step_values', 'show_progress', 'train', 'begin', 'finish', 'cache_tokens', 'default_processes',
            'launch', 'follow', 'progress_line', 'draw_curves', 'watch', 'main']
 
-# %% ../nbs/09_train.ipynb #68adf834
+# %% ../nbs/09_train.ipynb #0d46b106
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ from .objective import (ObjectiveConfig, TokenizerObjectiveConfig, caption_cross
 from .text import TextAutoencoder, text_encoder
 from .tokenizer import ImageTokenizer
 
-# %% ../nbs/09_train.ipynb #127048bb
+# %% ../nbs/09_train.ipynb #d5f4e18e
 @dataclass(frozen=True)
 class Run:
     "One stage to train: everything that decides the result."
@@ -72,7 +73,7 @@ def weights_file(
     "The file that holds the weights of a stage."
     return Path(out) / f'{stage}.safetensors'
 
-# %% ../nbs/09_train.ipynb #e8b1032d
+# %% ../nbs/09_train.ipynb #db2c7d22
 class Stage(nn.Module):
     "What the four stages share: the frozen text encoder, and access to earlier stages."
 
@@ -110,7 +111,7 @@ class TokenizerStage(Stage):
         decoded = self.trained.decode(self.trained.encode(images).mean, size=tuple(images.shape[2:]))
         return torch.cat([images, decoded])
 
-# %% ../nbs/09_train.ipynb #3c01755f
+# %% ../nbs/09_train.ipynb #01976e48
 class TextStage(Stage):
     "Captions to tokens and back."
 
@@ -126,7 +127,7 @@ class TextStage(Stage):
         return {'caption': caption_cross_entropy(logits, ids), 'exact': exact,
                 'kl': kl_loss(posterior.mean, posterior.logvar)}
 
-# %% ../nbs/09_train.ipynb #67680319
+# %% ../nbs/09_train.ipynb #f24ede32
 class FlowStage(Stage):
     "Text to image, or image to text: the same flow with its ends swapped."
 
@@ -169,10 +170,10 @@ class FlowStage(Stage):
         z = sample(self.trained.velocity, self.image_tokens(moments))
         return self.text_encoder.decode_ids(self.text.decoder(z).argmax(-1))
 
-# %% ../nbs/09_train.ipynb #f301d342
+# %% ../nbs/09_train.ipynb #b2d91a24
 stage_classes = dict(zip(stages, (TokenizerStage, TextStage, FlowStage, FlowStage)))
 
-# %% ../nbs/09_train.ipynb #0a8fe2c7
+# %% ../nbs/09_train.ipynb #f485c58a
 def rate_factor(
     step: int,  # from 0
     recipe: Recipe,  # warm-up, schedule, steps
@@ -181,7 +182,7 @@ def rate_factor(
     warm = min(1., step / recipe.warmup) if recipe.warmup else 1.
     if recipe.schedule == 'constant':
         return warm
-    end = recipe.final_learning_rate
+    end = recipe.final_share
     return warm * (end + (1 - end) * .5 * (1 + math.cos(math.pi * min(1., step / recipe.steps))))
 
 
@@ -202,7 +203,7 @@ def make_optimizers(
     muon = torch.optim.Muon(matrices, lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay)
     return [muon, torch.optim.AdamW(rest, **adamw)]
 
-# %% ../nbs/09_train.ipynb #00887870
+# %% ../nbs/09_train.ipynb #740c8b2b
 class Ema:
     "The exponential average of a module's learned weights."
 
@@ -231,7 +232,7 @@ class Ema:
             for p, mean in zip(self.live, self.mean):
                 p.data, mean.data = mean.data, p.data
 
-# %% ../nbs/09_train.ipynb #f83b8020
+# %% ../nbs/09_train.ipynb #fd4899e9
 def save_state(
     path: Path,  # of the checkpoint
     **state,  # tensors, numbers and containers of them
@@ -265,7 +266,7 @@ def resume(path: Path, stage, ema, optimizers) -> int:  # the step to go on with
     torch.set_rng_state(state['rng'])
     return state['step']
 
-# %% ../nbs/09_train.ipynb #5095f3cf
+# %% ../nbs/09_train.ipynb #d5917a91
 def take_step(
     accelerator,  # accelerate.Accelerator
     model: nn.Module,  # the prepared stage
@@ -287,7 +288,7 @@ def take_step(
         optimizer.zero_grad()
     return {name: term.detach() for name, term in terms.items()} | {'loss': loss.detach()}
 
-# %% ../nbs/09_train.ipynb #f4848bdc
+# %% ../nbs/09_train.ipynb #a7d5a39f
 def batches(
     run: Run,
     tokenize,  # the text encoder's: captions -> ids
@@ -303,7 +304,7 @@ def batches(
         return token_batches(samples, size, run.config.tokenizer.token_dim, tokenize, seed % 2**32)
     return image_batches(samples, size, run.config.tokenizer.image_size, tokenize, seed % 2**32)
 
-# %% ../nbs/09_train.ipynb #67a0effb
+# %% ../nbs/09_train.ipynb #c6b60d28
 class Log:
     "Averages terms and appends them to a file as JSON lines."
 
@@ -337,7 +338,7 @@ def step_values(terms: dict[str, Tensor]) -> dict[str, float]:
         values |= {f'flow {name}': loss for name, loss in loss_by_time_bin(terms['flow'], terms['t']).items()}
     return values
 
-# %% ../nbs/09_train.ipynb #c8fef323
+# %% ../nbs/09_train.ipynb #1145c776
 @torch.no_grad()
 def show_progress(
     stage: Stage,
@@ -365,7 +366,7 @@ def show_progress(
     if captions is not None:
         log.write(step=step, captions=captions)
 
-# %% ../nbs/09_train.ipynb #80a4a350
+# %% ../nbs/09_train.ipynb #6d438c44
 def train(
     run: Run,
 ):
@@ -429,7 +430,7 @@ def finish(run: Run, stage: Stage, ema: Ema, stream, on_device):
         save_weights(stage.trained, run.weights)
     (run.folder / 'state.pt').unlink(missing_ok=True)
 
-# %% ../nbs/09_train.ipynb #51722229
+# %% ../nbs/09_train.ipynb #179f83ca
 @torch.no_grad()
 def cache_tokens(
     run: Run,  # of a stage that needs the cache
@@ -446,7 +447,7 @@ def cache_tokens(
     samples = read_samples(find_shards(run.data), shuffle=0)
     return write_token_cache(samples, encode, run.cache, run.config.tokenizer.image_size, progress=progress)
 
-# %% ../nbs/09_train.ipynb #388a8071
+# %% ../nbs/09_train.ipynb #b12c67fe
 def default_processes(run: Run) -> int:
     "One process for each GPU; without, two for the small model and one for the large."
     gpus = torch.cuda.device_count()
@@ -483,7 +484,10 @@ def launch(
             process.terminate()
             process.wait()
     if process.returncode:
-        raise RuntimeError(f"Stage {run.stage} ended with an error, told in {errors}:\n{errors.read_text()[-2000:]}")
+        told = errors.read_text()
+        causes = re.findall(r'^(?:\[rank\d+\]: )?(\w+(?:Error|Exception|Interrupt)\b.*)', told, re.MULTILINE)
+        raise RuntimeError(f"Stage {run.stage} ended with exit status {process.returncode}: "
+                           f"{causes[0] if causes else told[-500:]} ({errors} tells the rest)")
 
 
 def follow(log: Path, process: subprocess.Popen, position: int) -> Iterator[dict]:
@@ -502,7 +506,7 @@ def follow(log: Path, process: subprocess.Popen, position: int) -> Iterator[dict
             time.sleep(.25)
 
 
-# %% ../nbs/09_train.ipynb #8934609f
+# %% ../nbs/09_train.ipynb #68fc4fe9
 def progress_line(
     run: Run,
     events: list[dict],  # lines of the log so far
@@ -567,7 +571,7 @@ def watch(
         screen.update(draw_curves(run, events))
     return events
 
-# %% ../nbs/09_train.ipynb #7f1f5e56
+# %% ../nbs/09_train.ipynb #c6e17760
 def main():
     "Entry point of `flowtok-train run.json` and `python -m flowtok.train run.json`."
     if len(sys.argv) != 2 or sys.argv[1].startswith('-'):

@@ -35,7 +35,7 @@ def test_muon_takes_the_inner_matrices_and_adamw_all_else():
 
 
 def test_rate_follows_warmup_and_cosine():
-    r = replace(recipe('tiny', 'text'), steps=100, warmup=10, schedule='cosine', final_learning_rate=.1)
+    r = replace(recipe('tiny', 'text'), steps=100, warmup=10, schedule='cosine', final_share=.1)
     assert [round(rate_factor(s, r), 3) for s in (0, 5, 100)] == [0, round(.5 * rate_factor(5, replace(r, warmup=0)), 3), .1]
 
 
