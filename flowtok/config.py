@@ -6,13 +6,13 @@
 __all__ = ['WORDS', 'presets', 'stages', 'paper_recipes', 'tiny_base', 'tiny_recipes', 'check_heads', 'TokenizerConfig',
            'TextConfig', 'FlowConfig', 'FlowTokConfig', 'preset', 'to_json', 'build', 'from_json', 'Recipe', 'recipe']
 
-# %% ../nbs/00_config.ipynb #0ae43f2c
+# %% ../nbs/00_config.ipynb #f6f4197d
 import json
 import math
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import get_type_hints
 
-# %% ../nbs/00_config.ipynb #7a7fe46f
+# %% ../nbs/00_config.ipynb #2dfebb41
 def check_heads(
     what: str,  # whose attention, for the message
     width: int,  # of a token
@@ -24,7 +24,7 @@ def check_heads(
         raise ValueError(f"The {what}'s width must be a multiple of {multiple} times its heads, got width {width} and "
                          f"{heads} heads.")
 
-# %% ../nbs/00_config.ipynb #3f01963f
+# %% ../nbs/00_config.ipynb #46ee3cdd
 @dataclass(frozen=True)
 class TokenizerConfig:
     "The image tokenizer: an encoder and a decoder around a few latent tokens."
@@ -63,14 +63,14 @@ class TokenizerConfig:
         "Latent tokens along a side of the picture."
         return math.isqrt(self.num_tokens) if self.anchored else 1
 
-# %% ../nbs/00_config.ipynb #4645c3a8
+# %% ../nbs/00_config.ipynb #3f06da3f
 WORDS = ('a', 'an', 'there', 'is', 'picture', 'of', 'and', 'with', 'beside', 'on', 'background', 'shape',
          'left', 'right', 'above', 'below', 'small', 'large',
          'red', 'orange', 'yellow', 'green', 'cyan', 'blue', 'purple', 'pink',
          'circle', 'square', 'triangle', 'star', 'cross', 'ring',
          'white', 'grey', 'black', 'plain', 'striped', 'checked', 'dotted')
 
-# %% ../nbs/00_config.ipynb #fbca05d7
+# %% ../nbs/00_config.ipynb #bdb27517
 @dataclass(frozen=True)
 class TextConfig:
     "The text side: a frozen encoder, a projector into the space of the flow, a decoder back to words."
@@ -100,7 +100,7 @@ class TextConfig:
             raise ValueError(f"vocab_size must be the number of words plus 2, {len(self.vocabulary) + 2}, "
                              f"got {self.vocab_size}.")
 
-# %% ../nbs/00_config.ipynb #59131af3
+# %% ../nbs/00_config.ipynb #efe585a5
 @dataclass(frozen=True)
 class FlowConfig:
     "The velocity network, a DiT."
@@ -120,7 +120,7 @@ class FlowTokConfig:
     text: TextConfig = TextConfig()
     flow: FlowConfig = FlowConfig()
 
-# %% ../nbs/00_config.ipynb #4e32ebeb
+# %% ../nbs/00_config.ipynb #a849643e
 presets = {
     'tiny': FlowTokConfig(
         'tiny',
@@ -146,14 +146,14 @@ def preset(
         raise ValueError(f"Scale {name!r} is unknown: choose one of {', '.join(presets)}.")
     return presets[name]
 
-# %% ../nbs/00_config.ipynb #ec4523dd
+# %% ../nbs/00_config.ipynb #b09995dc
 def to_json(
     config,  # any of the dataclasses of this page
 ) -> str:  # indented JSON
     "A config as text."
     return json.dumps(asdict(config), indent=2)
 
-# %% ../nbs/00_config.ipynb #c6def336
+# %% ../nbs/00_config.ipynb #a0cd60ce
 def build(
     kind: type,  # a dataclass of this page
     values: dict,  # its fields by name
@@ -177,7 +177,7 @@ def build(
         found[name] = value
     return kind(**found)
 
-# %% ../nbs/00_config.ipynb #f1923462
+# %% ../nbs/00_config.ipynb #a77b7047
 def from_json(
     text: str,  # what `to_json` wrote
     kind: type = FlowTokConfig,  # the dataclass that was written
@@ -189,7 +189,7 @@ def from_json(
         raise ValueError(f"The config is not JSON: {error}.") from None
     return build(kind, values, 'The config')
 
-# %% ../nbs/00_config.ipynb #194c8123
+# %% ../nbs/00_config.ipynb #5e628f80
 stages = ('tokenizer', 'text', 'text-to-image', 'image-to-text')
 
 
@@ -231,7 +231,7 @@ class Recipe:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
 
-# %% ../nbs/00_config.ipynb #c8c29429
+# %% ../nbs/00_config.ipynb #57422562
 paper_recipes = {
     'tokenizer': Recipe(650_000, 1024, learning_rate=1e-4, betas=(0.9, 0.999), weight_decay=1e-4, warmup=10_000,
                         schedule='cosine', final_share=0.1, ema=0.999, clip=1., kl_weight=1e-6),

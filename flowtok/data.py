@@ -6,7 +6,7 @@
 __all__ = ['IMAGE_FILES', 'find_shards', 'read_samples', 'fit_image', 'decode_image', 'to_images', 'to_pixels', 'image_bytes',
            'captions_of', 'image_batches', 'write_token_cache', 'read_moments', 'token_batches']
 
-# %% ../nbs/08_data.ipynb #1b690398
+# %% ../nbs/08_data.ipynb #cc6f7b09
 import glob
 import io
 import json
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../nbs/08_data.ipynb #83a9e573
+# %% ../nbs/08_data.ipynb #1bfc0ae4
 def find_shards(
     data: str | Path,  # a folder of .tar files, a glob pattern, or a brace list like shards/{00000..00009}.tar
 ) -> list[str]:  # paths in order; FileNotFoundError with one sentence when there are none
@@ -33,7 +33,7 @@ def find_shards(
                                 "'scenes' for the embedded pictures.")
     return shards
 
-# %% ../nbs/08_data.ipynb #3afd9cf7
+# %% ../nbs/08_data.ipynb #bab4a517
 def read_samples(
     shards: list[str],  # paths of tar files
     *,
@@ -53,7 +53,7 @@ def read_samples(
         stages.append(wds.detshuffle(bufsize=shuffle, initial=shuffle // 2, seed=seed * 1009 + rank))
     return iter(wds.DataPipeline(*stages))
 
-# %% ../nbs/08_data.ipynb #82b09366
+# %% ../nbs/08_data.ipynb #afa61002
 def fit_image(
     image,  # PIL picture of any size and mode
     size: int,  # height and width wanted, pixels
@@ -86,7 +86,7 @@ def to_images(
     pixels: np.ndarray,  # (b, h, w, 3) uint8
 ) -> Tensor:  # (b, 3, h, w) float in [0, 1]
     "Pictures as a network wants them."
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 255
+    return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 255
 
 
 def to_pixels(
@@ -95,7 +95,7 @@ def to_pixels(
     "Pictures as people and files want them."
     return (images.float() * 255 + .5).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
-# %% ../nbs/08_data.ipynb #df7c79ab
+# %% ../nbs/08_data.ipynb #de52d771
 IMAGE_FILES = 'png', 'jpg', 'jpeg', 'webp'
 
 
@@ -120,7 +120,7 @@ def captions_of(
         raise ValueError(f"Sample {sample.get('__key__')} holds no caption: a .txt, or 'caption' in its .json.")
     return captions
 
-# %% ../nbs/08_data.ipynb #ffc379fe
+# %% ../nbs/08_data.ipynb #085bd1cf
 def image_batches(
     samples: Iterator[dict],  # from `read_samples`
     batch_size: int,  # of this process
@@ -139,7 +139,7 @@ def image_batches(
             yield to_images(np.stack(images)), tokenize(captions)
             images, captions = [], []
 
-# %% ../nbs/08_data.ipynb #b251ad45
+# %% ../nbs/08_data.ipynb #b82ed4e2
 def write_token_cache(
     samples: Iterator[dict],  # each sample once
     encode: Callable,  # pixels (b, h, w, 3) uint8 -> moments (b, k, 2 d), mean then log-variance
@@ -177,7 +177,7 @@ def write_token_cache(
     (folder / 'cache.json').write_text(json.dumps({'samples': count}))
     return folder
 
-# %% ../nbs/08_data.ipynb #b935108b
+# %% ../nbs/08_data.ipynb #fd365d98
 def read_moments(
     sample: dict,  # from `read_samples` over a token cache
     token_dim: int,  # d

@@ -7,7 +7,7 @@ __all__ = ['DiagonalGaussian', 'grid_coordinates', 'rope_angles', 'apply_rope', 
            'Block', 'timestep_features', 'TimeEmbedding', 'sinusoid_positions', 'modulate', 'ModulatedBlock',
            'FinalLayer']
 
-# %% ../nbs/02_layers.ipynb #acfab39f
+# %% ../nbs/02_layers.ipynb #0ba00bad
 import math
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../nbs/02_layers.ipynb #586467b0
+# %% ../nbs/02_layers.ipynb #35e7fe9b
 class DiagonalGaussian:
     "A Gaussian whose entries are independent, given by mean and log-variance."
     def __init__(
@@ -51,7 +51,7 @@ class DiagonalGaussian:
         "Divergence from N(0, I), summed over the tokens and channels of each sample."
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
 
-# %% ../nbs/02_layers.ipynb #eb1a5bc0
+# %% ../nbs/02_layers.ipynb #cd033cf6
 def grid_coordinates(
     rows: int,  # of the grid
     columns: int,  # of the grid
@@ -75,7 +75,7 @@ def rope_angles(
     angles = angles.flatten(1)                                                   # (n, head_dim)
     return angles.cos().float(), angles.sin().float()
 
-# %% ../nbs/02_layers.ipynb #40422757
+# %% ../nbs/02_layers.ipynb #61b41901
 def apply_rope(
     x: Tensor,  # queries or keys, (b, heads, tokens, head_dim)
     cos: Tensor,  # from `rope_angles`, (n, head_dim) with n <= tokens
@@ -86,7 +86,7 @@ def apply_rope(
     turned = torch.stack([-placed[..., 1::2], placed[..., ::2]], -1).flatten(-2)
     return torch.cat([(placed * cos + turned * sin).to(x.dtype), free], 2)
 
-# %% ../nbs/02_layers.ipynb #eaa97ee0
+# %% ../nbs/02_layers.ipynb #5982b395
 class RotaryTables(nn.Module):
     "Holds the rotary tables of one grid, and makes those of another when asked for it."
     def __init__(
@@ -120,7 +120,7 @@ class RotaryTables(nn.Module):
             self.make(rows, columns, device)
         return self.cos, self.sin
 
-# %% ../nbs/02_layers.ipynb #943a7e96
+# %% ../nbs/02_layers.ipynb #04cc7ec3
 class Attention(nn.Module):
     "Self-attention of all tokens to all tokens."
     def __init__(
@@ -145,7 +145,7 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)                              # (b, heads, n, head_dim)
         return self.proj(x.transpose(1, 2).reshape(b, n, w))
 
-# %% ../nbs/02_layers.ipynb #729ab208
+# %% ../nbs/02_layers.ipynb #4b266a4d
 class SwiGLU(nn.Module):
     "Gated feed-forward layer: one half of the hidden channels opens the other."
     def __init__(
@@ -177,7 +177,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (b, n, width) -> (b, n, width)
         return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
-# %% ../nbs/02_layers.ipynb #a144baa7
+# %% ../nbs/02_layers.ipynb #d6f414d6
 class Block(nn.Module):
     "Pre-norm transformer block, of the image tokenizer and the text decoder."
     def __init__(
@@ -198,7 +198,7 @@ class Block(nn.Module):
         x = x + self.attn(self.norm1(x), rope)
         return x + self.mlp(self.norm2(x))
 
-# %% ../nbs/02_layers.ipynb #816f82c7
+# %% ../nbs/02_layers.ipynb #f704804e
 def timestep_features(
     t: Tensor,  # time in [0, 1], (b,)
     dim: int = 256,  # of the result, even
@@ -228,7 +228,7 @@ class TimeEmbedding(nn.Module):
     ) -> Tensor:  # (b, width)
         return self.mlp(timestep_features(t, self.features).to(self.mlp[0].weight.dtype))
 
-# %% ../nbs/02_layers.ipynb #0966722a
+# %% ../nbs/02_layers.ipynb #160ba3c0
 def sinusoid_positions(
     n: int,  # number of tokens
     width: int,  # of a token, even
@@ -238,7 +238,7 @@ def sinusoid_positions(
     angles = torch.arange(n, dtype=torch.float64)[:, None] * frequencies         # (n, width / 2)
     return torch.cat([angles.sin(), angles.cos()], 1).float()
 
-# %% ../nbs/02_layers.ipynb #8f8fd5bb
+# %% ../nbs/02_layers.ipynb #1140179f
 def modulate(
     x: Tensor,  # (b, n, width)
     shift: Tensor,  # (b, width)
@@ -271,7 +271,7 @@ class ModulatedBlock(nn.Module):
         x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
         return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
-# %% ../nbs/02_layers.ipynb #a52223e4
+# %% ../nbs/02_layers.ipynb #dba30268
 class FinalLayer(nn.Module):
     "Reads the velocity from the tokens."
     def __init__(

@@ -7,7 +7,7 @@ __all__ = ['CONTROLS', 'SCORES', 'accuracy_interval', 'scene_prompts', 'count_ri
            'image_to_text_scores', 'gaussian_statistics', 'matrix_factor', 'frechet_distance', 'random_conv_features',
            'image_fid', 'psnr', 'missing_scores', 'split_words', 'score_captions', 'caption_scores']
 
-# %% ../nbs/11_metrics.ipynb #aed72e43
+# %% ../nbs/11_metrics.ipynb #1d286372
 import importlib.util
 import math
 import shutil
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/11_metrics.ipynb #cd3f058f
+# %% ../nbs/11_metrics.ipynb #ba8266aa
 def accuracy_interval(
     right: int,  # how many of the n trials succeeded, 0 to n
     n: int,  # number of trials, at least 1
@@ -35,7 +35,7 @@ def accuracy_interval(
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, centre - half), min(1.0, centre + half)
 
-# %% ../nbs/11_metrics.ipynb #b4e28cfe
+# %% ../nbs/11_metrics.ipynb #cac30984
 CONTROLS = 'with text', 'no text at decoding', 'noise tokens, right text', 'right tokens, wrong text'
 
 
@@ -93,7 +93,7 @@ def image_to_text_scores(
     found = pipe.caption(to_images(np.stack([render(scene, size) for scene in scenes])), **how)
     return {'equivalent': sum(map(is_true, found, scenes)), 'exact': sum(map(lambda c, all: c in all, found, references))}
 
-# %% ../nbs/11_metrics.ipynb #6850f045
+# %% ../nbs/11_metrics.ipynb #fa1e977a
 def gaussian_statistics(
     features: np.ndarray,  # (n, d) array or tensor, one row a picture, n at least 2
 ) -> tuple[np.ndarray, np.ndarray]:  # mean (d,) and covariance (d, d), float64
@@ -108,7 +108,7 @@ def gaussian_statistics(
     centred = features - features.mean(0)
     return features.mean(0), centred.T @ centred / (len(features) - 1)
 
-# %% ../nbs/11_metrics.ipynb #eaee2439
+# %% ../nbs/11_metrics.ipynb #f54a43dd
 def matrix_factor(
     cov: np.ndarray,  # (d, d) covariance
 ) -> np.ndarray:  # (d, d) matrix A with A A^T = cov
@@ -135,7 +135,7 @@ def frechet_distance(
     distance = ((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * roots.sum()
     return max(0.0, float(distance))
 
-# %% ../nbs/11_metrics.ipynb #47b32741
+# %% ../nbs/11_metrics.ipynb #6679d452
 def random_conv_features(
     images: torch.Tensor,  # (n, 3, h, w) in [0, 1], at least 8 pixels a side
     channels: int = 32,  # width of each of the three layers
@@ -163,7 +163,7 @@ def image_fid(
         statistics += gaussian_statistics(np.concatenate(rows))
     return frechet_distance(*statistics)
 
-# %% ../nbs/11_metrics.ipynb #4c8d9af1
+# %% ../nbs/11_metrics.ipynb #64d32f36
 def psnr(
     images: torch.Tensor,  # (n, 3, h, w) in [0, 1]
     target: torch.Tensor,  # (n, 3, h, w) in [0, 1]
@@ -175,7 +175,7 @@ def psnr(
     error = (images.double() - target.double()).square().mean((1, 2, 3))          # (n,)
     return float((-10 * error.log10()).mean())
 
-# %% ../nbs/11_metrics.ipynb #2ac8c570
+# %% ../nbs/11_metrics.ipynb #a76d0411
 SCORES = ('BLEU-4', 'METEOR', 'ROUGE-L', 'CIDEr', 'SPICE')
 
 
@@ -191,7 +191,7 @@ def missing_scores() -> dict[str, str]:  # score -> why this machine cannot comp
         return {'SPICE': 'needs its parser: python -m pycocoevalcap.spice.get_stanford_models (a download)'}
     return {}
 
-# %% ../nbs/11_metrics.ipynb #2451e15e
+# %% ../nbs/11_metrics.ipynb #d66028a5
 def split_words(
     captions: list[str],  # one caption each
 ) -> tuple[list[str], str]:  # the captions as words with spaces between, and the tokenizer's name: 'ptb' or 'plain'
@@ -207,7 +207,7 @@ def split_words(
     drop = set(ptbtokenizer.PUNCTUATIONS)
     return [' '.join(w for w in line.split() if w not in drop) for line in run.stdout.split('\n')[:len(lines)]], 'ptb'
 
-# %% ../nbs/11_metrics.ipynb #a1b4ed9c
+# %% ../nbs/11_metrics.ipynb #6104cbbf
 def score_captions(
     name: str,  # one of SCORES, available here
     references: dict[int, list[str]],  # picture -> its references, as `split_words` leaves them

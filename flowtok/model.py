@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DiT', 'FlowTok', 'save_weights', 'load_weights']
 
-# %% ../nbs/05_model.ipynb #5e0f2447
+# %% ../nbs/05_model.ipynb #b8368388
 import math
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ from .config import FlowTokConfig
 from .layers import DiagonalGaussian, FinalLayer, ModulatedBlock, TimeEmbedding, sinusoid_positions
 from .text import AlignmentMLP, TextProjector
 
-# %% ../nbs/05_model.ipynb #7c14043e
+# %% ../nbs/05_model.ipynb #6a957a7b
 class DiT(nn.Module):
     "The velocity network: tokens, time and indicator to the velocity of every token."
 
@@ -56,7 +56,7 @@ class DiT(nn.Module):
             h = block(h, c)
         return self.final(h, c)                                                  # (b, k, d)
 
-# %% ../nbs/05_model.ipynb #56d12a89
+# %% ../nbs/05_model.ipynb #663e0880
 class FlowTok(nn.Module):
     "The velocity network with what turns a caption into its starting point."
 
@@ -95,7 +95,7 @@ class FlowTok(nn.Module):
         "What the text tokens of a caption are compared with in training."
         return self.alignment(text_features)
 
-# %% ../nbs/05_model.ipynb #7b10c5eb
+# %% ../nbs/05_model.ipynb #fbf53f7b
 def save_weights(
     module: nn.Module,  # what to save, all its parameters and persistent buffers
     path: str | Path,  # .safetensors file, replaced at once or not at all

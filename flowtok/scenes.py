@@ -12,7 +12,7 @@ __all__ = ['SHAPES', 'HUES', 'COLOURS', 'SIZES', 'TONES', 'TEXTURES', 'REACH', '
            'Seen', 'Reading', 'read_thing', 'read', 'shows', 'shard_sample', 'write_shard', 'claim_folder',
            'write_shards']
 
-# %% ../nbs/07_scenes.ipynb #22735d02
+# %% ../nbs/07_scenes.ipynb #9c41c3ee
 import colorsys
 import io
 import json
@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-# %% ../nbs/07_scenes.ipynb #6a746246
+# %% ../nbs/07_scenes.ipynb #2038b0a8
 SHAPES = 'circle', 'square', 'triangle', 'star', 'cross', 'ring'
 HUES = dict(red=0, orange=28, yellow=55, green=125, cyan=182, blue=225, purple=275, pink=325)  # degrees
 COLOURS = tuple(HUES)
@@ -61,7 +61,7 @@ class Scene:
     flip: bool = False  # texture moved by half a period
     vertical: bool = False  # texture turned by a quarter
 
-# %% ../nbs/07_scenes.ipynb #65a7d7a2
+# %% ../nbs/07_scenes.ipynb #114aac2d
 REACH = dict(circle=1., square=1.22, triangle=1.42, star=1.4, cross=1.27, ring=1.1)  # in radii
 TILT = math.radians(15)  # the most that a shape leans
 PERIOD = dict(circle=0., square=math.pi / 2, triangle=2 * math.pi / 3, star=2 * math.pi / 5, cross=math.pi / 2, ring=0.)
@@ -90,7 +90,7 @@ def shape_distance(
     nx, ny = np.array([edge[1], -edge[0]]) / np.hypot(*edge)
     return (np.hypot(x, y) * np.cos(turn) - tip) * nx + np.hypot(x, y) * np.sin(turn) * ny
 
-# %% ../nbs/07_scenes.ipynb #4bdc177f
+# %% ../nbs/07_scenes.ipynb #9d7bad2a
 def coverage(
     thing: Thing,  # what to draw
     size: int,  # side of the picture, pixels
@@ -106,7 +106,7 @@ def coverage(
     distance = shape_distance(thing.shape, p) * thing.radius * size
     return np.clip(.5 - distance, 0, 1), np.s_[low[1]:high[1], low[0]:high[0]]
 
-# %% ../nbs/07_scenes.ipynb #40a7d2a8
+# %% ../nbs/07_scenes.ipynb #73558fa2
 def texture_pattern(texture: str, flip: bool, vertical: bool, size: int) -> np.ndarray:
     "Where the second grey level of a texture lies, in [0, 1], (size, size) pixels."
     if texture == 'plain':
@@ -126,7 +126,7 @@ def texture_pattern(texture: str, flip: bool, vertical: bool, size: int) -> np.n
         pattern = np.clip(.5 - distance * size / 4, 0, 1)
     return pattern.T if vertical else pattern
 
-# %% ../nbs/07_scenes.ipynb #ba3fbe76
+# %% ../nbs/07_scenes.ipynb #7ec8d6c4
 def whole_number(name: str, value: object, least: int) -> int:
     "The value, or ValueError where it is no whole number or smaller than the least."
     if not isinstance(value, (int, np.integer)) or value < least:
@@ -147,7 +147,7 @@ def render(
         image[box] += a[..., None] * (np.array(thing.rgb) - image[box])
     return np.round(image * 255).astype(np.uint8)
 
-# %% ../nbs/07_scenes.ipynb #75978a82
+# %% ../nbs/07_scenes.ipynb #9da2ac8e
 SPLITS = 'train', 'seen', 'held_out'
 PAIRS = tuple((shape, colour) for shape in SHAPES for colour in COLOURS)
 HELD_OUT = frozenset({('circle', 'green'), ('square', 'orange'), ('triangle', 'purple'), ('star', 'blue'),
@@ -160,7 +160,7 @@ def random_numbers(split: str, seed: int, *purpose: int) -> np.random.Generator:
         raise ValueError(f"Split {split!r} is unknown: choose one of {', '.join(SPLITS)}.")
     return np.random.default_rng([*purpose, SPLITS.index(split), whole_number('seed', seed, 0)])
 
-# %% ../nbs/07_scenes.ipynb #eec02ba7
+# %% ../nbs/07_scenes.ipynb #521f670c
 def paint(shape: str, colour: str, rng: np.random.Generator) -> dict:
     "A shape and a colour word with the shade and the angle drawn for them, as fields of a Thing."
     hue = HUES[colour] + rng.uniform(-4, 4)
@@ -190,7 +190,7 @@ def place(things: list, rng: np.random.Generator) -> tuple | None:
             return None
     return tuple(placed)
 
-# %% ../nbs/07_scenes.ipynb #442ed414
+# %% ../nbs/07_scenes.ipynb #123629fe
 def draw_scene(
     seed: int,  # at least 0; another seed, another scene
     split: str = 'train',  # one of SPLITS
@@ -214,7 +214,7 @@ def draw_scene(
     contrast = 0. if texture == 'plain' else rng.uniform(.14, .2) * float(rng.choice([-1, 1]))
     return Scene(things, tone, texture, level, contrast, bool(rng.random() < .5), bool(rng.random() < .5))
 
-# %% ../nbs/07_scenes.ipynb #1f7596d9
+# %% ../nbs/07_scenes.ipynb #4229f2e9
 RELATIONS = {'left of': (-1, 0), 'right of': (1, 0), 'above': (0, -1), 'below': (0, 1)}  # direction in x and y
 
 
@@ -231,7 +231,7 @@ def relation(
             found.append(word)
     return found
 
-# %% ../nbs/07_scenes.ipynb #3597c0e6
+# %% ../nbs/07_scenes.ipynb #432b21a1
 def noun(thing: Thing, rng: np.random.Generator, in_full: bool, may_size: bool) -> str:
     "What is said about one thing: its colour and shape, or less of it, or also its size."
     colour = thing.colour if in_full or rng.random() < .88 else None
@@ -258,7 +258,7 @@ def caption(scene: Scene, rng: np.random.Generator, split: str = 'train') -> str
         text += ground if len((text + ground).split()) <= 15 else ''
     return text
 
-# %% ../nbs/07_scenes.ipynb #fc76dac5
+# %% ../nbs/07_scenes.ipynb #7de1f65f
 WORDS = ('a', 'an', 'there', 'is', 'picture', 'of', 'and', 'with', 'beside', 'on', 'background', 'shape', 'left',
          'right', 'above', 'below', *SIZES, *COLOURS, *SHAPES, *TONES, *TEXTURES)  # all that captions are made of
 
@@ -273,7 +273,7 @@ def captions(
     rng = random_numbers(split, seed, 7)
     return [caption(scene, rng, split) for _ in range(n)]
 
-# %% ../nbs/07_scenes.ipynb #715b4fe0
+# %% ../nbs/07_scenes.ipynb #c5f5905a
 @dataclass(frozen=True)
 class Claims:
     "What a caption states."
@@ -299,11 +299,11 @@ def parse(
     if not found:
         return None
     words = found.groups()  # three of a noun, the relation, three of each further noun, two places for the ground
-    nouns = [noun for noun in (words[0:3], words[4:7], words[7:10]) if noun[2]]
-    things = tuple((size, colour, None if shape == 'shape' else shape) for size, colour, shape in nouns)
+    things = tuple((size, colour, None if shape == 'shape' else shape)
+                   for size, colour, shape in (words[0:3], words[4:7], words[7:10]) if shape)
     return Claims(things, words[3], words[10] or words[11])
 
-# %% ../nbs/07_scenes.ipynb #747965bd
+# %% ../nbs/07_scenes.ipynb #68c3a661
 def agrees(
     claims: Claims | None,  # None is never right
     things: tuple,  # of Thing, or of what the reader saw
@@ -332,7 +332,7 @@ def is_true(
     "Whether every statement of a caption is true of a scene."
     return agrees(parse(text), scene.things, scene.tone, scene.texture)
 
-# %% ../nbs/07_scenes.ipynb #772925bc
+# %% ../nbs/07_scenes.ipynb #4d78c26b
 def to_pixels(
     image: np.ndarray | Image.Image,  # square, at least 64 pixels wide, uint8 where it is an array
 ) -> np.ndarray:  # in [0, 1], (64, 64, 3)
@@ -354,7 +354,7 @@ def find_cores(colourfulness: np.ndarray) -> list[np.ndarray]:
     label, n = ndimage.label(colourfulness > .22, np.ones((3, 3)))
     return [label == i for i in range(1, n + 1) if (label == i).sum() >= 8]
 
-# %% ../nbs/07_scenes.ipynb #c9095387
+# %% ../nbs/07_scenes.ipynb #cb8ca235
 MEAN_AREA = 2.95  # of the six shapes, in squared radii, roughly: AREA has each
 AREA = dict(circle=math.pi, square=2 * 1.22**2, triangle=.75 * 3**.5 * 1.42**2,
             star=5 * .45 * 1.4**2 * math.sin(math.pi / 5), cross=4 * 1.2 * .42 * 2 - (2 * .42)**2,
@@ -382,7 +382,7 @@ def locate(a: np.ndarray) -> tuple[float, float, float]:
     area = float(a.sum())
     return float((a * x).sum()) / area / 64, float((a * y).sum()) / area / 64, math.sqrt(area / MEAN_AREA) / 64
 
-# %% ../nbs/07_scenes.ipynb #515256c4
+# %% ../nbs/07_scenes.ipynb #a0078ee1
 WINDOW = np.stack(np.meshgrid(*[np.linspace(-1.65, 1.65, 24)] * 2), -1)          # (24, 24, 2), in radii
 
 
@@ -413,7 +413,7 @@ def match_shapes(seen: np.ndarray, radius: float) -> dict[str, float]:
     return {shape: float(np.abs(forms - seen).sum((1, 2)).min() / max(seen.sum(), 1e-9))
             for shape, forms in bank.items()}
 
-# %% ../nbs/07_scenes.ipynb #509d3822
+# %% ../nbs/07_scenes.ipynb #bb59e19d
 @cache
 def ground_patterns() -> list:
     "Every form of every texture, with its name."
@@ -435,7 +435,7 @@ def read_ground(grey: np.ndarray, mask: np.ndarray) -> tuple[str, str]:
             texture, explained, level = name, slope**2 * spread, g.mean() - slope * (p.mean() - .5)
     return min(TONES, key=lambda tone: abs(TONES[tone] - level)), texture
 
-# %% ../nbs/07_scenes.ipynb #8f0629ba
+# %% ../nbs/07_scenes.ipynb #efb2e128
 MAX_ERROR = .35  # of a template that still counts as a match
 
 
@@ -468,7 +468,7 @@ def read_thing(chroma: np.ndarray, core: np.ndarray) -> Seen:
     size = 'small' if radius < .152 else 'large'
     return Seen(shape if error <= MAX_ERROR else 'unclear', name_colour(own), size, x, y, error)
 
-# %% ../nbs/07_scenes.ipynb #a833d9a5
+# %% ../nbs/07_scenes.ipynb #5e0cf329
 def read(
     image: np.ndarray | Image.Image,  # square, at least 64 pixels wide, uint8 where it is an array
 ) -> Reading:
@@ -490,7 +490,7 @@ def shows(
     "Whether a picture shows what its caption says."
     return agrees(parse(text), *read(image))
 
-# %% ../nbs/07_scenes.ipynb #ff451a4f
+# %% ../nbs/07_scenes.ipynb #46155797
 VERSION = 1  # goes up when a seed comes to mean another picture or other captions
 ENCODINGS = {'png': {'format': 'PNG'}, 'jpg': {'format': 'JPEG', 'quality': 95, 'subsampling': 0}}
 
@@ -518,7 +518,7 @@ def write_shard(path: Path, seeds: range, split: str, size: int, image_format: s
     finally:
         part.unlink(missing_ok=True)
 
-# %% ../nbs/07_scenes.ipynb #0419621a
+# %% ../nbs/07_scenes.ipynb #d362be83
 def claim_folder(folder: Path, contents: dict) -> None:
     "Note in scenes.json what a folder is to hold, or find that very note there; else ValueError."
     folder.mkdir(parents=True, exist_ok=True)
@@ -530,7 +530,7 @@ def claim_folder(folder: Path, contents: dict) -> None:
         part.write_text(wanted)
         part.replace(note)
 
-# %% ../nbs/07_scenes.ipynb #de595426
+# %% ../nbs/07_scenes.ipynb #80b1244d
 def write_shards(
     folder: str | Path,  # for this set alone
     split: str,  # one of SPLITS

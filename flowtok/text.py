@@ -7,7 +7,7 @@ __all__ = ['clip_name', 'tell_truncation', 'checked_captions', 'pad_ids', 'word_
            'clip_tower', 'ClipTextEncoder', 'text_encoder', 'OutsideNorm', 'ProjectorLayer', 'TextProjector',
            'AlignmentMLP', 'TextDecoder', 'TextAutoencoder']
 
-# %% ../nbs/04_text.ipynb #f7649469
+# %% ../nbs/04_text.ipynb #ca3d8d93
 import copy
 import difflib
 import re
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .config import FlowTokConfig, TextConfig
 from .layers import Block, DiagonalGaussian
 
-# %% ../nbs/04_text.ipynb #f3359b0f
+# %% ../nbs/04_text.ipynb #f612847c
 @cache  # once per process
 def tell_truncation(
     length: int,  # ids that a caption may have
@@ -54,7 +54,7 @@ def pad_ids(
         rows = [row[:length - 1] + row[-1:] if len(row) > length else row for row in rows]
     return torch.tensor([row + [0] * (length - len(row)) for row in rows])
 
-# %% ../nbs/04_text.ipynb #f5031ed7
+# %% ../nbs/04_text.ipynb #6899a843
 def word_ids(
     caption: str,  # of known words; case and punctuation do not matter
     known: dict[str, int],  # id of each word
@@ -68,7 +68,7 @@ def word_ids(
             raise ValueError(f"The word {word!r} is unknown.{hint} Known words: {', '.join(known)}.")
     return [known[word] for word in words]
 
-# %% ../nbs/04_text.ipynb #34fb9c2d
+# %% ../nbs/04_text.ipynb #2707df66
 class WordTextEncoder(nn.Module):
     "Frozen random features of a small vocabulary, from a fixed seed: they need no file."
 
@@ -99,7 +99,7 @@ class WordTextEncoder(nn.Module):
         "Text features of ids."
         return self.norm(self.block(self.embedding(ids) + self.positions))       # (b, n, c)
 
-# %% ../nbs/04_text.ipynb #d7f3f9c0
+# %% ../nbs/04_text.ipynb #c381329a
 clip_name = 'ViT-L-14-336'
 
 
@@ -126,7 +126,7 @@ def load_clip(
     except RuntimeError as error:
         raise ValueError(f'{path} does not hold the text tower of CLIP {clip_name}.') from error
 
-# %% ../nbs/04_text.ipynb #1073c719
+# %% ../nbs/04_text.ipynb #cf40e809
 def clip_tower(
     config: TextConfig,  # with the tower's length, width and vocab_size; activation
 ) -> nn.Module:  # ids (b, n) -> (pooled, features (b, n, c))
@@ -140,7 +140,7 @@ def clip_tower(
     act = open_clip.transformer.QuickGELU if config.activation == 'quick_gelu' else nn.GELU
     return open_clip.transformer.TextTransformer(**sizes, output_dim=None, output_tokens=True, act_layer=act)
 
-# %% ../nbs/04_text.ipynb #69a859d6
+# %% ../nbs/04_text.ipynb #8eb487a8
 class ClipTextEncoder(nn.Module):
     "The frozen text tower of CLIP ViT-L-14-336: features after its last norm, at every position."
 
@@ -171,7 +171,7 @@ class ClipTextEncoder(nn.Module):
         "Text features of ids."
         return self.tower(ids)[1]                                                # (b, n, c)
 
-# %% ../nbs/04_text.ipynb #fd93856e
+# %% ../nbs/04_text.ipynb #1a3a8f6d
 def text_encoder(
     config: TextConfig,  # its `encoder` chooses
     pretrained: str | Path | None = None,  # of CLIP: 'openai', a file, or None for random weights
@@ -179,7 +179,7 @@ def text_encoder(
     "The frozen text encoder that a configuration names."
     return ClipTextEncoder(config, pretrained) if config.encoder == 'clip' else WordTextEncoder(config)
 
-# %% ../nbs/04_text.ipynb #b2954904
+# %% ../nbs/04_text.ipynb #d9b730e7
 class OutsideNorm(nn.Module):
     "A layer norm with epsilon outside the root: g (x - mean) / (s + eps) + b, s the unbiased standard deviation."
 
@@ -195,7 +195,7 @@ class OutsideNorm(nn.Module):
         centred = x - x.mean(-1, keepdim=True)
         return self.weight * centred / (x.std(-1, keepdim=True) + self.eps) + self.bias
 
-# %% ../nbs/04_text.ipynb #19e82ac3
+# %% ../nbs/04_text.ipynb #06be1a29
 class ProjectorLayer(nn.Module):
     "A post-norm transformer layer: attention, then ReLU feed-forward, each added and then normalised."
 
@@ -224,7 +224,7 @@ class ProjectorLayer(nn.Module):
         x = self.norm1(x + self.drop(self.attend(x)))
         return self.norm2(x + self.drop(self.fc2(self.drop(F.relu(self.fc1(x))))))
 
-# %% ../nbs/04_text.ipynb #d8ca5dda
+# %% ../nbs/04_text.ipynb #3a5b84b0
 class TextProjector(nn.Module):
     "Text features to a Gaussian over text tokens."
 
@@ -241,7 +241,7 @@ class TextProjector(nn.Module):
             x = layer(x)
         return DiagonalGaussian.from_moments(self.linear(x))                     # (b, n, 2d)
 
-# %% ../nbs/04_text.ipynb #d961b2cf
+# %% ../nbs/04_text.ipynb #bd2d71ff
 class AlignmentMLP(nn.Sequential):
     "Text features to the alignment target, position by position: (b, n, c) -> (b, n, d)."
 
@@ -250,7 +250,7 @@ class AlignmentMLP(nn.Sequential):
         super().__init__(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
                          nn.Linear(hidden, config.tokenizer.token_dim))
 
-# %% ../nbs/04_text.ipynb #6fa4a8ea
+# %% ../nbs/04_text.ipynb #de24a092
 class TextDecoder(nn.Module):
     "Text tokens to logits over the vocabulary, all positions at once."
 
@@ -268,7 +268,7 @@ class TextDecoder(nn.Module):
             x = block(x)
         return self.head(self.norm(x))                                           # (b, n, vocabulary)
 
-# %% ../nbs/04_text.ipynb #8b4a1bf8
+# %% ../nbs/04_text.ipynb #670690a3
 class TextAutoencoder(nn.Module):
     "Text projector and text decoder."
 

@@ -6,7 +6,7 @@
 __all__ = ['cut_patches', 'join_patches', 'free', 'GridPositions', 'anchored_coordinates', 'cell_means', 'make_blocks', 'Encoder',
            'Decoder', 'start_anchored', 'start', 'TokenScale', 'check_array', 'check_sizes', 'ImageTokenizer']
 
-# %% ../nbs/03_tokenizer.ipynb #56422d59
+# %% ../nbs/03_tokenizer.ipynb #d2a9538a
 import math
 from functools import partial
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .config import FlowTokConfig, TokenizerConfig
 from .layers import Block, DiagonalGaussian, RotaryTables, grid_coordinates
 
-# %% ../nbs/03_tokenizer.ipynb #a688de69
+# %% ../nbs/03_tokenizer.ipynb #6d397dc5
 def cut_patches(
     images: Tensor,  # (b, 3, h, w), h and w multiples of patch_size
     patch_size: int,  # in pixels
@@ -39,14 +39,14 @@ def join_patches(
     x = patches.view(-1, rows, columns, p, p, 3).permute(0, 5, 1, 3, 2, 4)       # (b, 3, rows, p, columns, p)
     return x.reshape(-1, 3, rows * p, columns * p)
 
-# %% ../nbs/03_tokenizer.ipynb #722b5fdb
+# %% ../nbs/03_tokenizer.ipynb #b55367c3
 def free(
     *shape: int,  # of the parameter, the width last
 ) -> nn.Parameter:  # N(0, 1) / sqrt(width)
     "A parameter that is a token or added to tokens."
     return nn.Parameter(torch.randn(shape) * shape[-1]**-0.5)
 
-
+# %% ../nbs/03_tokenizer.ipynb #8903955d
 class GridPositions(nn.Module):
     "Tells the tokens of patches where they are, by rotary tables or by learned vectors."
     def __init__(
@@ -77,7 +77,7 @@ class GridPositions(nn.Module):
                              f"{columns}.")
         return torch.cat([self.class_token.expand(len(x), 1, -1), x], 1) + self.vectors, None
 
-# %% ../nbs/03_tokenizer.ipynb #9b8433c9
+# %% ../nbs/03_tokenizer.ipynb #70164965
 def anchored_coordinates(
     rows: int,  # of patches
     columns: int,  # of patches
@@ -98,7 +98,7 @@ def cell_means(
     x = x.view(len(x), side, rows // side, side, columns // side, -1)
     return x.mean((2, 4)).flatten(1, 2)
 
-# %% ../nbs/03_tokenizer.ipynb #f07b45c8
+# %% ../nbs/03_tokenizer.ipynb #4562af65
 def make_blocks(config: TokenizerConfig, width: int, depth: int, heads: int) -> nn.ModuleList:
     "The transformer of one side: SwiGLU with rotary positions, GELU with learned ones."
     return nn.ModuleList(Block(width, heads, 'swiglu' if config.positions == 'rope' else 'gelu') for _ in range(depth))
@@ -109,7 +109,8 @@ class Encoder(nn.Module):
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         w, p = config.encoder_width, config.patch_size
-        self.num_tokens, self.patch_size, self.anchors = config.num_tokens, p, config.anchor_side
+        self.num_tokens, self.patch_size = config.num_tokens, p
+        self.anchored, self.cells = config.anchored, config.anchor_side
         self.patch_embed = nn.Conv2d(3, w, p, p)
         self.grid = GridPositions(config, w, config.encoder_heads)
         self.latent_positions = free(config.num_tokens, w)
@@ -126,15 +127,15 @@ class Encoder(nn.Module):
         weight = self.patch_embed.weight.flatten(1)                              # (width, 3 * patch_size**2)
         x = F.linear(cut_patches(images, self.patch_size), weight, self.patch_embed.bias)
         latents = (latent_tokens + self.latent_positions).expand(len(x), -1, -1)  # (b, k, width)
-        if self.anchors > 1:
-            latents = latents + cell_means(x, rows, columns, self.anchors)
+        if self.anchored:
+            latents = latents + cell_means(x, rows, columns, self.cells)
         x, rope = self.grid(x, rows, columns)
         x = self.norm_pre(torch.cat([x, latents], 1))                            # (b, n + k, width)
         for block in self.blocks:
             x = block(x, rope)
         return self.to_moments(self.norm_post(x[:, -self.num_tokens:]))
 
-# %% ../nbs/03_tokenizer.ipynb #09209f1e
+# %% ../nbs/03_tokenizer.ipynb #e05d1f6b
 class Decoder(nn.Module):
     "ViT that draws a picture from its tokens, and from the caption where there is one."
     def __init__(
@@ -171,7 +172,7 @@ class Decoder(nn.Module):
         patches = self.to_pixels(self.norm_post(x[:, first:first + n]))
         return self.conv_out(join_patches(patches, rows, columns))
 
-# %% ../nbs/03_tokenizer.ipynb #2caa90cf
+# %% ../nbs/03_tokenizer.ipynb #21b549ea
 def start_anchored(
     tokenizer: nn.Module,  # an ImageTokenizer with anchored tokens, changed in place
 ):
@@ -196,6 +197,7 @@ def start_anchored(
     nn.init.dirac_(decoder.conv_out.weight)
 
 
+@torch.no_grad()
 def start(
     tokenizer: nn.Module,  # an ImageTokenizer, changed in place
 ):
@@ -208,7 +210,7 @@ def start(
         start_anchored(tokenizer)
     nn.init.constant_(tokenizer.encoder.to_moments.bias[tokenizer.config.token_dim:], tokenizer.config.initial_logvar)
 
-# %% ../nbs/03_tokenizer.ipynb #4b52d1bd
+# %% ../nbs/03_tokenizer.ipynb #88fd0429
 class TokenScale(nn.Module):
     "The two sets of numbers that a tokenizer and the flow must agree on."
     def __init__(self, token_dim: int, scale: float):
@@ -236,7 +238,7 @@ class TokenScale(nn.Module):
         self.token_mean.copy_(mean)
         self.token_scale.copy_(1 / std)
 
-# %% ../nbs/03_tokenizer.ipynb #684b0ddd
+# %% ../nbs/03_tokenizer.ipynb #c5865cd6
 def check_array(
     what: str,  # is given, for the message
     given: Tensor,  # the array
@@ -255,7 +257,7 @@ def check_sizes(sizes: tuple[int, int], unit: int):
     if min(sizes) < unit or any(n % unit for n in sizes):
         raise ValueError(f"Height and width of a picture must be multiples of {unit}, got {tuple(sizes)}.")
 
-# %% ../nbs/03_tokenizer.ipynb #d137a8ef
+# %% ../nbs/03_tokenizer.ipynb #ff602fc1
 class ImageTokenizer(TokenScale):
     "Turns pictures into tokens and tokens into pictures."
     def __init__(
@@ -267,8 +269,7 @@ class ImageTokenizer(TokenScale):
         self.config, self.text_shape = c, (text.length, text.width)
         self.encoder, self.decoder = Encoder(c), Decoder(c, text.length, text.width)
         self.latent_tokens = free(c.num_tokens, c.encoder_width)
-        with torch.no_grad():
-            start(self)
+        start(self)
 
     def encode(
         self,
@@ -276,7 +277,7 @@ class ImageTokenizer(TokenScale):
     ) -> DiagonalGaussian:  # over tokens, (b, k, d), its log-variance in [-30, 20]
         "The distribution of the tokens of pictures."
         check_array('Images in [0, 1]', images, 3, 'h', 'w')
-        check_sizes(images.shape[2:], self.config.patch_size * self.encoder.anchors)
+        check_sizes(images.shape[2:], self.config.patch_size * self.encoder.cells)
         return DiagonalGaussian.from_moments(self.encoder(images, self.latent_tokens), (-30., 20.))
 
     def decode(

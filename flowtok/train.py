@@ -8,7 +8,7 @@ __all__ = ['stage_classes', 'keep_memory', 'Run', 'weights_file', 'Stage', 'Toke
            'Log', 'step_values', 'show_progress', 'train', 'begin', 'finish', 'cache_tokens', 'default_processes',
            'launch', 'follow', 'progress_line', 'draw_curves', 'watch', 'main']
 
-# %% ../nbs/09_train.ipynb #0d46b106
+# %% ../nbs/09_train.ipynb #3e3088a0
 import json
 import math
 import os
@@ -35,7 +35,7 @@ from .objective import (ObjectiveConfig, TokenizerObjectiveConfig, caption_cross
 from .text import TextAutoencoder, text_encoder
 from .tokenizer import ImageTokenizer
 
-# %% ../nbs/09_train.ipynb #d5f4e18e
+# %% ../nbs/09_train.ipynb #13415e48
 @dataclass(frozen=True)
 class Run:
     "One stage to train: everything that decides the result."
@@ -73,7 +73,7 @@ def weights_file(
     "The file that holds the weights of a stage."
     return Path(out) / f'{stage}.safetensors'
 
-# %% ../nbs/09_train.ipynb #db2c7d22
+# %% ../nbs/09_train.ipynb #2476c39b
 class Stage(nn.Module):
     "What the four stages share: the frozen text encoder, and access to earlier stages."
 
@@ -111,7 +111,7 @@ class TokenizerStage(Stage):
         decoded = self.trained.decode(self.trained.encode(images).mean, size=tuple(images.shape[2:]))
         return torch.cat([images, decoded])
 
-# %% ../nbs/09_train.ipynb #01976e48
+# %% ../nbs/09_train.ipynb #1dfa3ad0
 class TextStage(Stage):
     "Captions to tokens and back."
 
@@ -127,7 +127,7 @@ class TextStage(Stage):
         return {'caption': caption_cross_entropy(logits, ids), 'exact': exact,
                 'kl': kl_loss(posterior.mean, posterior.logvar)}
 
-# %% ../nbs/09_train.ipynb #f24ede32
+# %% ../nbs/09_train.ipynb #b978e1dd
 class FlowStage(Stage):
     "Text to image, or image to text: the same flow with its ends swapped."
 
@@ -170,10 +170,10 @@ class FlowStage(Stage):
         z = sample(self.trained.velocity, self.image_tokens(moments))
         return self.text_encoder.decode_ids(self.text.decoder(z).argmax(-1))
 
-# %% ../nbs/09_train.ipynb #b2d91a24
+# %% ../nbs/09_train.ipynb #2ad47004
 stage_classes = dict(zip(stages, (TokenizerStage, TextStage, FlowStage, FlowStage)))
 
-# %% ../nbs/09_train.ipynb #f485c58a
+# %% ../nbs/09_train.ipynb #b45063a8
 def rate_factor(
     step: int,  # from 0
     recipe: Recipe,  # warm-up, schedule, steps
@@ -203,7 +203,7 @@ def make_optimizers(
     muon = torch.optim.Muon(matrices, lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay)
     return [muon, torch.optim.AdamW(rest, **adamw)]
 
-# %% ../nbs/09_train.ipynb #740c8b2b
+# %% ../nbs/09_train.ipynb #76242a41
 class Ema:
     "The exponential average of a module's learned weights."
 
@@ -232,7 +232,7 @@ class Ema:
             for p, mean in zip(self.live, self.mean):
                 p.data, mean.data = mean.data, p.data
 
-# %% ../nbs/09_train.ipynb #fd4899e9
+# %% ../nbs/09_train.ipynb #c57327e7
 def save_state(
     path: Path,  # of the checkpoint
     **state,  # tensors, numbers and containers of them
@@ -266,7 +266,7 @@ def resume(path: Path, stage, ema, optimizers) -> int:  # the step to go on with
     torch.set_rng_state(state['rng'])
     return state['step']
 
-# %% ../nbs/09_train.ipynb #d5917a91
+# %% ../nbs/09_train.ipynb #ec744dc8
 def take_step(
     accelerator,  # accelerate.Accelerator
     model: nn.Module,  # the prepared stage
@@ -288,7 +288,7 @@ def take_step(
         optimizer.zero_grad()
     return {name: term.detach() for name, term in terms.items()} | {'loss': loss.detach()}
 
-# %% ../nbs/09_train.ipynb #a7d5a39f
+# %% ../nbs/09_train.ipynb #a2ccd025
 def batches(
     run: Run,
     tokenize,  # the text encoder's: captions -> ids
@@ -304,7 +304,7 @@ def batches(
         return token_batches(samples, size, run.config.tokenizer.token_dim, tokenize, seed % 2**32)
     return image_batches(samples, size, run.config.tokenizer.image_size, tokenize, seed % 2**32)
 
-# %% ../nbs/09_train.ipynb #c6b60d28
+# %% ../nbs/09_train.ipynb #51d3b802
 class Log:
     "Averages terms and appends them to a file as JSON lines."
 
@@ -338,7 +338,7 @@ def step_values(terms: dict[str, Tensor]) -> dict[str, float]:
         values |= {f'flow {name}': loss for name, loss in loss_by_time_bin(terms['flow'], terms['t']).items()}
     return values
 
-# %% ../nbs/09_train.ipynb #1145c776
+# %% ../nbs/09_train.ipynb #d54112d9
 @torch.no_grad()
 def show_progress(
     stage: Stage,
@@ -366,7 +366,7 @@ def show_progress(
     if captions is not None:
         log.write(step=step, captions=captions)
 
-# %% ../nbs/09_train.ipynb #6d438c44
+# %% ../nbs/09_train.ipynb #02536b69
 def train(
     run: Run,
 ):
@@ -430,7 +430,7 @@ def finish(run: Run, stage: Stage, ema: Ema, stream, on_device):
         save_weights(stage.trained, run.weights)
     (run.folder / 'state.pt').unlink(missing_ok=True)
 
-# %% ../nbs/09_train.ipynb #179f83ca
+# %% ../nbs/09_train.ipynb #a5885151
 @torch.no_grad()
 def cache_tokens(
     run: Run,  # of a stage that needs the cache
@@ -447,7 +447,7 @@ def cache_tokens(
     samples = read_samples(find_shards(run.data), shuffle=0)
     return write_token_cache(samples, encode, run.cache, run.config.tokenizer.image_size, progress=progress)
 
-# %% ../nbs/09_train.ipynb #b12c67fe
+# %% ../nbs/09_train.ipynb #6b685edb
 def default_processes(run: Run) -> int:
     "One process for each GPU; without, two for the small model and one for the large."
     gpus = torch.cuda.device_count()
@@ -506,7 +506,7 @@ def follow(log: Path, process: subprocess.Popen, position: int) -> Iterator[dict
             time.sleep(.25)
 
 
-# %% ../nbs/09_train.ipynb #68fc4fe9
+# %% ../nbs/09_train.ipynb #8b8b9e97
 def progress_line(
     run: Run,
     events: list[dict],  # lines of the log so far
@@ -554,24 +554,24 @@ def draw_curves(
 def watch(
     run: Run,
     processes: int = 0,  # 0 for `default_processes`
-    every: float = 5.,  # seconds between redraws
 ) -> list[dict]:  # all lines of the log
     "Train a stage, shown in one output that changes."
     from IPython.display import display
     screen = display({'text/plain': f'{run.stage}: starting'}, raw=True, display_id=True)
-    events, drawn = [], time.time()
+    events, due = [], time.time() + 5
     for event in launch(run, processes):
         events.append(event)
         if event.get('step') == 3:
             print(progress_line(run, events))
-        if time.time() - drawn > every and screen:
+        if time.time() > due and screen:
+            began = time.time()
             screen.update(draw_curves(run, events))
-            drawn = time.time()
+            due = time.time() + max(5, 30 * (time.time() - began))     # drawing must not slow down training
     if screen:
         screen.update(draw_curves(run, events))
     return events
 
-# %% ../nbs/09_train.ipynb #c6e17760
+# %% ../nbs/09_train.ipynb #469c031d
 def main():
     "Entry point of `flowtok-train run.json` and `python -m flowtok.train run.json`."
     if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
@@ -579,5 +579,5 @@ def main():
     train(from_json(Path(sys.argv[1]).read_text(), Run))
 
 
-if __name__ == '__main__':
+if __name__ == '__main__' and '__file__' in globals():  # a module has a file, this notebook has none
     main()

@@ -39,8 +39,9 @@ def test_every_recipe_is_itself_after_a_round_trip(scale, stage):
 def test_table_6():
     r = asdict(recipe('xl', 'text-to-image'))
     wanted = dict(steps=1_000_000, batch_size=4096, optimizer='adamw', learning_rate=4e-4, betas=(.9, .95),
-                  weight_decay=.03, warmup=5000, schedule='constant', ema=.9999, precision='bf16', indicator_probability=.1,
-                  time_sampling='logit_normal', kl_weight=1e-4, align_weight=1., clip=0., source_noise=0.)
+                  weight_decay=.03, warmup=5000, schedule='constant', ema=.9999, precision='bf16',
+                  indicator_probability=.1, time_sampling='logit_normal', kl_weight=1e-4, align_weight=1., clip=0.,
+                  source_noise=0.)
     assert {name: r[name] for name in wanted} == wanted
     assert (recipe('xl', 'image-to-text').kl_weight, recipe('xl', 'image-to-text').align_weight) == (0, 0)
 

@@ -106,7 +106,7 @@ def test_attention_by_hand(rope):
     assert torch.allclose(layer(x, rope), torch.stack(out), atol=1e-6)
 
 
-@pytest.mark.parametrize('width, hidden', ((768, 2048), (1024, 2730), (80, 213), (40, 106), (32, 85), (48, 128), (128, 341)))
+@pytest.mark.parametrize('width, hidden', ((768, 2048), (1024, 2730), (128, 341), (80, 213), (40, 106), (32, 85)))
 def test_swiglu_by_hand(width, hidden):
     layer, x = SwiGLU(width), torch.randn(2, 3, width)
     y = x @ layer.w12.weight.T + layer.w12.bias

@@ -144,8 +144,9 @@ def test_size_of_ta_titok(tokens, encoder, total):
 
 def small(**changes):
     "A tokenizer of a moment: 4 tokens for 4 x 4 patches."
-    c = TokenizerConfig(**dict(image_size=32, patch_size=8, num_tokens=4, token_dim=6, encoder_width=24, encoder_depth=2,
-                               encoder_heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2) | changes)
+    sizes = dict(image_size=32, patch_size=8, num_tokens=4, token_dim=6, encoder_width=24, encoder_depth=2,
+                 encoder_heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2)
+    c = TokenizerConfig(**sizes | changes)
     torch.manual_seed(0)
     return ImageTokenizer(FlowTokConfig('small', c, TextConfig(length=5, width=12, projector_heads=2)))
 
@@ -219,6 +220,15 @@ def test_half_precision_runs():
     assert q.mean.dtype == q.sample().dtype == model.decode(q.mean).dtype == torch.bfloat16
 
 
+@kinds
+def test_autocast_trains(changes):
+    model = small(**changes)
+    with torch.autocast('cpu', torch.bfloat16):
+        images = model.decode(model.encode(torch.rand(2, 3, 32, 32)).sample(), torch.randn(2, 5, 12))
+    images.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_patches_there_and_back():
     images = torch.rand(2, 3, 24, 32)
     patches = cut_patches(images, 8)
@@ -268,13 +278,13 @@ def test_tokens_of_the_flow():
 def test_refusals():
     model = small(anchored=True)
     for images, words in ((torch.zeros(2, 3, 32, 32, dtype=torch.uint8), 'floating point'),
-                          (torch.rand(3, 32, 32), 'floating point of shape'), (torch.rand(2, 1, 32, 32), 'shape'),
+                          (torch.rand(3, 32, 32), r'\(b, 3, h, w\)'), (torch.rand(2, 1, 32, 32), 'of shape'),
                           (torch.rand(2, 3, 40, 32), 'multiples of 16'), (torch.rand(2, 3, 0, 32), 'multiples of 16')):
         with pytest.raises(ValueError, match=words):
             model.encode(images)
     for tokens, text, size, words in ((torch.rand(2, 6, 4), None, None, r'\(b, 4, 6\)'),
-                                      (torch.rand(2, 4, 6), torch.rand(1, 5, 12), None, r'\(2, 5, 12\)'),
-                                      (torch.rand(2, 4, 6), torch.rand(2, 4, 12), None, r'\(2, 5, 12\)'),
+                                      (torch.rand(2, 4, 6), torch.rand(1, 5, 12), None, '2 rows of tokens'),
+                                      (torch.rand(2, 4, 6), torch.rand(2, 4, 12), None, r'\(b, 5, 12\)'),
                                       (torch.rand(2, 4, 6), None, (30, 32), 'multiples of 8')):
         with pytest.raises(ValueError, match=words):
             model.decode(tokens, text, size)
