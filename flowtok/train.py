@@ -361,8 +361,10 @@ def show_progress(
     if pictures is not None:
         pixels = to_pixels(pictures)
         rows = pixels.reshape(-1, 8 if len(pixels) % 8 == 0 else len(pixels), *pixels.shape[1:])
-        Image.fromarray(rows.transpose(0, 2, 1, 3, 4).reshape(rows.shape[0] * rows.shape[2], -1, 3)).save(
-            folder / f'{step:07d}.png')
+        sheet = rows.transpose(0, 2, 1, 3, 4).reshape(rows.shape[0] * rows.shape[2], -1, 3)
+        path, part = folder / f'{step:07d}.png', folder / 'next.part'
+        Image.fromarray(sheet).save(part, 'png')
+        os.replace(part, path)                      # somebody may be looking
     if captions is not None:
         log.write(step=step, captions=captions)
 
