@@ -245,8 +245,8 @@ tiny_recipes = {
     'tokenizer': replace(tiny_base, steps=1500, batch_size=32, learning_rate=3e-3, matrix_learning_rate=1e-2,
                          kl_weight=1e-7, edge_weight=4., text_drop=0.9, whiten=True),
     'text': replace(tiny_base, steps=200, kl_weight=3e-4),
-    'text-to-image': replace(tiny_base, steps=1800, kl_weight=3e-4, align_weight=1.),
-    'image-to-text': replace(tiny_base, steps=1500)}
+    'text-to-image': replace(tiny_base, steps=1400, kl_weight=3e-4, align_weight=1.),
+    'image-to-text': replace(tiny_base, steps=1000)}
 
 
 def recipe(

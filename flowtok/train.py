@@ -315,7 +315,9 @@ class Log:
     ):
         self.path, self.sums, self.counts = path, {}, {}
         lines = path.read_text().splitlines() if keep and path.exists() else []
-        path.write_text(''.join(f'{line}\n' for line in lines if json.loads(line).get('step', 0) <= keep))
+        part = path.with_suffix('.part')
+        part.write_text(''.join(f'{line}\n' for line in lines if json.loads(line).get('step', 0) <= keep))
+        os.replace(part, path)                      # a new file: `follow` waits for it
 
     def add(self, values: dict[str, float]):
         "Take in the values of a step."
@@ -473,14 +475,12 @@ def launch(
     if processes > 1:
         command += ['torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '-m']
     threads = max(1, (os.cpu_count() or 1) // processes)
-    if not (run.folder / 'state.pt').exists():
-        log.unlink(missing_ok=True)
-    known = log.stat().st_size if log.exists() else 0
+    old = log.stat().st_ino if log.exists() else None
     with errors.open('w') as sink:
         process = subprocess.Popen([*command, 'flowtok.train', str(run.folder / 'run.json')], stdout=sink, stderr=sink,
                                    env=os.environ | keep_memory | {'OMP_NUM_THREADS': str(threads)})
     try:
-        yield from follow(log, process, known)
+        yield from follow(log, process, old)
     finally:
         if process.poll() is None:
             process.terminate()
@@ -492,21 +492,23 @@ def launch(
                            f"{causes[0] if causes else told[-500:]} ({errors} tells the rest)")
 
 
-def follow(log: Path, process: subprocess.Popen, position: int) -> Iterator[dict]:
-    "The lines that a process appends to its log, until it ends."
-    running = True
+def follow(
+    log: Path,  # file that the process writes
+    process: subprocess.Popen,
+    old: int | None,  # inode of the file that an earlier run left, not to be read
+) -> Iterator[dict]:
+    "The lines of a log as they are written, from its first one, until the process ends."
+    running, position = True, 0
     while running:
         running = process.poll() is None
-        if log.exists():
+        if log.exists() and log.stat().st_ino != old:
             with log.open() as file:
-                file.seek(min(position, log.stat().st_size))
-                lines = file.readlines()
-            lines = [line for line in lines if line.endswith('\n')]
-            position += sum(map(len, lines))
+                file.seek(position)
+                lines = [line for line in file.readlines() if line.endswith('\n')]
+            position += sum(len(line.encode()) for line in lines)
             yield from map(json.loads, lines)
         if running:
             time.sleep(.25)
-
 
 # %% ../nbs/09_train.ipynb #8b8b9e97
 def progress_line(
