@@ -403,7 +403,7 @@ def train(
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
-
+# %% ../nbs/09_train.ipynb #a60ba1e5
 def begin(run: Run):  # accelerator, stage
     "Check what the stage needs, then build it: the same first weights in every process."
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -421,7 +421,7 @@ def begin(run: Run):  # accelerator, stage
     torch.manual_seed(run.seed * 1009 + accelerator.process_index)
     return accelerator, stage
 
-
+# %% ../nbs/09_train.ipynb #45af936e
 @torch.no_grad()
 def finish(run: Run, stage: Stage, ema: Ema, stream, on_device):
     "Leave the averaged weights, and the sizes they belong to."
@@ -461,7 +461,7 @@ def default_processes(run: Run) -> int:
 
 keep_memory = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': '4000000000', 'MALLOC_TOP_PAD_': '100000000'}
 
-
+# %% ../nbs/09_train.ipynb #024dc6bf
 def launch(
     run: Run,
     processes: int = 0,  # 0 for `default_processes`
@@ -491,7 +491,7 @@ def launch(
         raise RuntimeError(f"Stage {run.stage} ended with exit status {process.returncode}: "
                            f"{causes[0] if causes else told[-500:]} ({errors} tells the rest)")
 
-
+# %% ../nbs/09_train.ipynb #abdba5a5
 def follow(
     log: Path,  # file that the process writes
     process: subprocess.Popen,
@@ -526,7 +526,7 @@ def progress_line(
     return (f"{run.stage}: step {last['step']:,} of {run.recipe.steps:,}, {pace:.3g} s a step, "
             f"{run.recipe.batch_size / pace:.3g} samples/s, {clock} left")
 
-
+# %% ../nbs/09_train.ipynb #e545d821
 def draw_curves(
     run: Run,
     events: list[dict],  # lines of the log so far
@@ -554,7 +554,7 @@ def draw_curves(
     figure.suptitle(progress_line(run, events), fontsize=9)
     return figure
 
-
+# %% ../nbs/09_train.ipynb #abf684b7
 def watch(
     run: Run,
     processes: int = 0,  # 0 for `default_processes`
