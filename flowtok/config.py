@@ -64,10 +64,10 @@ class TokenizerConfig:
         return math.isqrt(self.num_tokens) if self.anchored else 1
 
 # %% ../nbs/00_config.ipynb #3f06da3f
-WORDS = ('a', 'an', 'there', 'is', 'picture', 'of', 'and', 'with', 'beside', 'on', 'background', 'shape',
-         'left', 'right', 'above', 'below', 'small', 'large',
+WORDS = ('a', 'an', 'there', 'is', 'coloured', 'of', 'and', 'with', 'on', 'background', 'shape', 'above', 'below',
+         'top', 'middle', 'bottom', 'left', 'centre', 'right', 'small', 'large',
          'red', 'orange', 'yellow', 'green', 'cyan', 'blue', 'purple', 'pink',
-         'circle', 'square', 'triangle', 'star', 'cross', 'ring',
+         'circle', 'bar', 'triangle', 'star', 'cross', 'ring',
          'white', 'grey', 'black', 'plain', 'striped', 'checked', 'dotted')
 
 # %% ../nbs/00_config.ipynb #bdb27517
@@ -84,6 +84,7 @@ class TextConfig:
     projector_heads: int = 8
     projector_hidden: int = 1024  # width of its feed-forward layers
     projector_dropout: float = 0.1
+    temperature: float = 1.  # of sampling: by how much the noise of a caption's tokens is multiplied
     align_hidden: int = 512  # width of the MLP that makes the alignment target
     decoder_depth: int = 6
     decoder_width: int = 768
@@ -125,10 +126,10 @@ presets = {
     'tiny': FlowTokConfig(
         'tiny',
         TokenizerConfig(image_size=64, patch_size=8, num_tokens=16, encoder_width=128, encoder_depth=2, encoder_heads=4,
-                        decoder_width=128, decoder_depth=3, decoder_heads=4, rope_theta=10., anchored=True,
+                        decoder_width=128, decoder_depth=4, decoder_heads=4, rope_theta=10., anchored=True,
                         initial_logvar=-5., latent_scale=1.),
         TextConfig('words', length=16, width=128, vocab_size=len(WORDS) + 2, vocabulary=WORDS, projector_depth=2,
-                   projector_heads=4, projector_hidden=256, projector_dropout=0., align_hidden=128, decoder_depth=2,
+                   projector_heads=4, projector_hidden=128, projector_dropout=0., temperature=.2, align_hidden=128, decoder_depth=2,
                    decoder_width=128, decoder_heads=4),
         FlowConfig(depth=4, width=128, heads=4)),
     's': FlowTokConfig('s', flow=FlowConfig(12, 384, 6)),
@@ -239,14 +240,15 @@ paper_recipes = {
     'text-to-image': Recipe(1_000_000, 4096, kl_weight=1e-4, align_weight=1.),
     'image-to-text': Recipe(1_000_000, 4096)}
 
-tiny_base = Recipe(1000, 64, 'muon', 2e-3, 5e-3, weight_decay=0., warmup=50, schedule='cosine', ema=0.995,
-                   precision='fp32', time_sampling='mixture')
+tiny_base = Recipe(1000, 64, 'muon', 3e-3, 1e-2, weight_decay=0., warmup=50, schedule='cosine', ema=0.995,
+                   precision='bf16', time_sampling='mixture')
 tiny_recipes = {
-    'tokenizer': replace(tiny_base, steps=1500, batch_size=32, learning_rate=3e-3, matrix_learning_rate=1e-2,
-                         kl_weight=1e-7, edge_weight=4., text_drop=0.9, whiten=True),
-    'text': replace(tiny_base, steps=200, kl_weight=3e-4),
-    'text-to-image': replace(tiny_base, steps=1400, kl_weight=3e-4, align_weight=1.),
-    'image-to-text': replace(tiny_base, steps=1000)}
+    'tokenizer': replace(tiny_base, steps=3600, batch_size=16, kl_weight=1e-6, edge_weight=4., text_drop=0.9,
+                         whiten=True),
+    'text': replace(tiny_base, steps=250, learning_rate=2e-3, matrix_learning_rate=5e-3, kl_weight=1e-3),
+    'text-to-image': replace(tiny_base, steps=2800, learning_rate=4e-3, matrix_learning_rate=1.5e-2, kl_weight=1e-4,
+                             align_weight=1.),
+    'image-to-text': replace(tiny_base, steps=2000)}
 
 
 def recipe(

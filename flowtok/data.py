@@ -192,13 +192,14 @@ def token_batches(
     token_dim: int,  # d
     tokenize: Callable,  # list of captions -> ids (b, n)
     seed: int = 0,  # of the choice among captions
+    first: bool = False,  # take the first caption of each sample, not any
 ) -> Iterator[tuple[Tensor, Tensor]]:  # moments (b, k, 2 d), ids (b, n)
     "Batches of cached token moments and captions."
     generator, moments, captions = np.random.default_rng(seed), [], []
     for sample in samples:
         moments.append(read_moments(sample, token_dim))
         said = captions_of(sample)
-        captions.append(said[generator.integers(len(said))])
+        captions.append(said[0 if first else generator.integers(len(said))])
         if len(moments) == batch_size:
             yield torch.from_numpy(np.stack(moments)), tokenize(captions)
             moments, captions = [], []

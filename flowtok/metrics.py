@@ -68,7 +68,7 @@ def text_to_image_scores(
     **how,  # num_inference_steps, guidance_scale, solver
 ) -> dict[str, int]:  # control -> right pictures
     "Right pictures out of `n`, with the controls."
-    prompts = [said[0] for said in scene_prompts(split, n)[1]]
+    prompts = [said[i % len(said)] for i, said in enumerate(scene_prompts(split, n)[1])]
     generator = torch.Generator().manual_seed(seed)
     tokens = pipe(prompts, generator=generator, output_type='tokens', **how)
     features = pipe.text_encoder(pipe.text_encoder.tokenize(prompts).to(tokens.device))

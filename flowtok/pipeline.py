@@ -145,18 +145,21 @@ def generate(
     text_at_decoding: bool = True,  # False: the decoder sees the tokens alone
     batch_size: int = 64,  # pictures at a time
     solver: str = 'euler',  # as `flowtok.flow.sample`
+    temperature: float | None = None,  # of the start: 1 for all its noise, 0 for none; None for the config's
 ):
     "Pictures for captions (paper, section 3: from Z_T to Z_I)."
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type {output_type!r} is unknown: choose one of {', '.join(OUTPUT_TYPES)}.")
     self.need('tokenizer', 'text-to-image')
     ids = self.text_encoder.tokenize(as_list(prompts)).to(self.device)
+    temperature = self.config.text.temperature if temperature is None else temperature
     shape = self.config.text.length, self.config.tokenizer.token_dim
     noise, done = draw_noise(shape, len(ids), generator).to(self.device), []
     for part, eps in zip(ids.split(batch_size), noise.split(batch_size)):
         features = self.text_encoder(part)                                       # (b, n, c)
         start = self.text_to_image.project(features)
-        x1 = sample(self.text_to_image.velocity, start.mean + start.std * eps, num_inference_steps=num_inference_steps,
+        x0 = start.mean + temperature * start.std * eps
+        x1 = sample(self.text_to_image.velocity, x0, num_inference_steps=num_inference_steps,
                     guidance_scale=guidance_scale, solver=solver)
         if output_type != 'tokens':
             x1 = self.tokenizer.decode(self.tokenizer.from_flow(x1), features if text_at_decoding else None)
@@ -170,7 +173,7 @@ def caption(
     self,
     images,  # PIL picture or a list of them, of any size and mode; or a tensor (b, 3, h, w) in [0, 1]
     num_inference_steps: int = 20,
-    guidance_scale: float = 1.0,  # 1 for none
+    guidance_scale: float = 2.0,  # 1 for none
     *,
     batch_size: int = 64,  # pictures at a time
 ) -> list[str]:

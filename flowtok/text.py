@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import FlowTokConfig, TextConfig
-from .layers import Block, DiagonalGaussian
+from .layers import Block, DiagonalGaussian, attend
 
 # %% ../nbs/04_text.ipynb #f612847c
 @cache  # once per process
@@ -217,7 +217,7 @@ class ProjectorLayer(nn.Module):
 
     def attend(self, x: Tensor) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training)  # (b, h, n, c/h)
+        x = attend(q, k, v, self.dropout * self.training)                        # (b, h, n, c/h)
         return self.out(x.transpose(1, 2).flatten(2))                            # (b, n, c)
 
     def forward(self, x: Tensor) -> Tensor:

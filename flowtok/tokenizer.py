@@ -131,9 +131,10 @@ class Encoder(nn.Module):
             latents = latents + cell_means(x, rows, columns, self.cells)
         x, rope = self.grid(x, rows, columns)
         x = self.norm_pre(torch.cat([x, latents], 1))                            # (b, n + k, width)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, rope)
-        return self.to_moments(self.norm_post(x[:, -self.num_tokens:]))
+        x = self.blocks[-1](x, rope, slice(x.shape[1] - self.num_tokens, None))  # the patches are not read any more
+        return self.to_moments(self.norm_post(x))                                # (b, k, 2d)
 
 # %% ../nbs/03_tokenizer.ipynb #e05d1f6b
 class Decoder(nn.Module):
@@ -167,9 +168,10 @@ class Decoder(nn.Module):
         if text_features is not None:
             parts.append(self.text_embed(text_features) + self.text_positions)
         x = self.norm_pre(torch.cat(parts, 1))                                   # (b, n + k + text_length, width)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, rope)
-        patches = self.to_pixels(self.norm_post(x[:, first:first + n]))
+        x = self.blocks[-1](x, rope, slice(first, first + n))                    # (b, n, width)
+        patches = self.to_pixels(self.norm_post(x))
         return self.conv_out(join_patches(patches, rows, columns))
 
 # %% ../nbs/03_tokenizer.ipynb #21b549ea

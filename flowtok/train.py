@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['stage_classes', 'keep_memory', 'Run', 'weights_file', 'Stage', 'TokenizerStage', 'TextStage', 'FlowStage',
            'rate_factor', 'make_optimizers', 'Ema', 'save_state', 'training_state', 'resume', 'take_step', 'batches',
-           'Log', 'step_values', 'show_progress', 'train', 'begin', 'finish', 'cache_tokens', 'default_processes',
-           'launch', 'follow', 'progress_line', 'draw_curves', 'watch', 'main']
+           'Log', 'step_values', 'show_progress', 'train', 'cpu_has_bf16', 'begin', 'finish', 'cache_tokens',
+           'default_processes', 'launch', 'follow', 'progress_line', 'draw_curves', 'watch', 'main']
 
 # %% ../nbs/09_train.ipynb #3e3088a0
 import json
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import FlowTokConfig, Recipe, from_json, stages, to_json
@@ -161,7 +162,8 @@ class FlowStage(Stage):
     def pictures(self, moments: Tensor, ids: Tensor) -> Tensor | None:
         if not self.from_text:
             return None
-        z = self.trained.project(self.features(ids)).sample()
+        start = self.trained.project(self.features(ids))
+        z = start.mean + self.run.config.text.temperature * start.std * torch.randn_like(start.mean)
         return self.tokenizer.decode(self.tokenizer.from_flow(sample(self.trained.velocity, z)))
 
     def captions(self, moments: Tensor, ids: Tensor) -> list[str] | None:
@@ -198,10 +200,13 @@ def make_optimizers(
     if not hasattr(torch.optim, 'Muon'):
         raise RuntimeError(f"Muon needs torch 2.9 or newer, here is {torch.__version__}: update torch or choose "
                            "optimizer='adamw'.")
-    inner = [p.ndim == 2 and ('blocks.' in name or 'layers.' in name) for name, p in named]
+    inner = [p.ndim == 2 and ('blocks.' in name or 'layers.' in name) and 'modulation' not in name for name, p in named]
     matrices, rest = ([p for (_, p), is_inner in zip(named, inner) if is_inner == wanted] for wanted in (True, False))
-    muon = torch.optim.Muon(matrices, lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay)
-    return [muon, torch.optim.AdamW(rest, **adamw)]
+    muon = dict(lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+        return [ZeroRedundancyOptimizer(matrices, torch.optim.Muon, **muon), torch.optim.AdamW(rest, **adamw)]
+    return [torch.optim.Muon(matrices, **muon), torch.optim.AdamW(rest, **adamw)]
 
 # %% ../nbs/09_train.ipynb #76242a41
 class Ema:
@@ -247,8 +252,13 @@ def save_state(
         raise OSError(f"The checkpoint {path} could not be written: {error}. The one before is as it was.") from None
 
 
-def training_state(stage, ema, optimizers, step) -> dict:
-    "All that the next step depends on."
+def training_state(stage, ema, optimizers, step) -> dict:  # empty in all processes but the first
+    "All that the next step depends on, gathered from all processes."
+    for optimizer in optimizers:                                           # accelerate's, around the real one
+        if hasattr(optimizer.optimizer, 'consolidate_state_dict'):
+            optimizer.optimizer.consolidate_state_dict()
+    if dist.is_initialized() and dist.get_rank():
+        return {}
     return {'step': step, 'weights': stage.trained.state_dict(), 'mean': ema.mean, 'rng': torch.get_rng_state(),
             'optimizers': [optimizer.state_dict() for optimizer in optimizers]}
 
@@ -297,11 +307,12 @@ def batches(
     start: int,  # step to start from
 ) -> Iterator[tuple[Tensor, Tensor]]:  # pictures or moments, and ids
     "Endless batches for one process."
-    flows = run.stage.endswith(('image', '-text'))
+    flows = run.stage in stages[2:]
     samples = read_samples(find_shards(run.cache if flows else run.data), seed=run.seed + start, rank=rank)
     size, seed = run.recipe.batch_size // world_size, hash((run.seed, start, rank))
     if flows:
-        return token_batches(samples, size, run.config.tokenizer.token_dim, tokenize, seed % 2**32)
+        return token_batches(samples, size, run.config.tokenizer.token_dim, tokenize, seed % 2**32,
+                             first=run.stage == 'image-to-text')
     return image_batches(samples, size, run.config.tokenizer.image_size, tokenize, seed % 2**32)
 
 # %% ../nbs/09_train.ipynb #51d3b802
@@ -379,7 +390,7 @@ def train(
     optimizers = make_optimizers(stage.trained, run.recipe)
     ema, state = Ema(stage.trained, run.recipe.ema), run.folder / 'state.pt'
     start = resume(state, stage, ema, optimizers)
-    model, *optimizers = accelerator.prepare(stage, *optimizers)
+    model, *optimizers = accelerator.prepare(stage, *optimizers, device_placement=[True] + [False] * len(optimizers))
     log = Log(run.folder / 'log.jsonl', start) if accelerator.is_main_process else None
     stream = batches(run, stage.text_encoder.tokenize, accelerator.process_index, accelerator.num_processes, start)
     on_device = lambda batch: tuple(x.to(accelerator.device) for x in batch)
@@ -396,21 +407,30 @@ def train(
                 log.write(step=done, seconds=round(time.time() - began, 2), rate=rate_factor(step, run.recipe))
             if done % run.sample_every == 0 or last:
                 show_progress(stage, ema, shown, done, log)
-            if done % run.save_every == 0 and not last:
-                save_state(state, **training_state(stage, ema, optimizers, done))
+        if done % run.save_every == 0 and done < run.recipe.steps:
+            everything = training_state(stage, ema, optimizers, done)
+            if log:
+                save_state(state, **everything)
     if log:
         finish(run, stage, ema, stream, on_device)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 # %% ../nbs/09_train.ipynb #a60ba1e5
+def cpu_has_bf16() -> bool:
+    "Whether this CPU multiplies in bf16; where it only imitates that, fp32 is faster."
+    known = getattr(torch.cpu, 'get_capabilities', dict)()
+    return bool(known.get('avx512_bf16') or known.get('amx_bf16'))
+
+
 def begin(run: Run):  # accelerator, stage
     "Check what the stage needs, then build it: the same first weights in every process."
     from accelerate import Accelerator, DistributedDataParallelKwargs
     run.folder.mkdir(parents=True, exist_ok=True)
     cpu = not torch.cuda.is_available()
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)    # text dropped, terms of weight 0
-    precision = 'no' if run.recipe.precision == 'fp32' or cpu else run.recipe.precision
+    unused = DistributedDataParallelKwargs(                                # text dropped, terms of weight 0
+        find_unused_parameters=True, gradient_as_bucket_view=True)
+    precision = 'no' if run.recipe.precision == 'fp32' or cpu and not cpu_has_bf16() else run.recipe.precision
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[unused])
     if run.recipe.batch_size % accelerator.num_processes:
         raise ValueError(f"batch_size {run.recipe.batch_size} cannot be shared by {accelerator.num_processes} processes: "

@@ -1,4 +1,5 @@
 "Scenes: what a seed means, what captions say, what the reader refuses, and shards that stop and go on."
+import hashlib
 import json
 import math
 import random
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowtok import scenes
-from flowtok.scenes import (COLOURS, HELD_OUT, SHAPES, SIZES, SPLITS, WORDS, Scene, Thing, agrees, captions,
-                            draw_scene, is_true, parse, read, relation, render, shows, texture_pattern, write_shards)
+from flowtok import config, scenes
+from flowtok.scenes import (COLOURS, COLUMNS, HELD_OUT, ROWS, SHAPES, SIZES, SPLITS, WORDS, Scene, Thing, agrees,
+                            captions, draw_scene, is_at, is_true, parse, place_words, plain_caption, read, relation,
+                            render, shows, texture_pattern, write_shards)
 
 red_star = Thing('star', 'red', 'large', SIZES['large'], .2, (.9, .1, .1))
 
@@ -22,20 +24,30 @@ def on_white(*things): return Scene(things, 'white', 'plain', .87)
 
 # drawing
 
-@pytest.mark.parametrize('split, things, ground, text, colour', [
-    ('train', [('square', 'cyan', 'small'), ('circle', 'orange', 'large')], ('white', 'checked'),
-     'a large orange circle right of a small cyan square', (215.5, 214.6, 205.5)),
-    ('seen', [('star', 'yellow', 'small'), ('triangle', 'pink', 'large')], ('black', 'checked'),
-     'a yellow star and a pink triangle', (54.2, 37.5, 38.1)),
-    ('held_out', [('ring', 'yellow', 'small')], ('black', 'plain'),
-     'a picture of a yellow ring on a plain background', (45.4, 44.5, 34.5))])
-def test_a_seed_keeps_its_meaning(split, things, ground, text, colour):
+@pytest.mark.parametrize('split, things, ground, texts, colour', [
+    ('train', [('bar', 'cyan', 'small')], ('white', 'striped'),
+     ['a cyan bar top right', 'there is a small cyan bar top right on a striped background'], (210.6, 220.3, 221.)),
+    ('seen', [('star', 'yellow', 'small'), ('triangle', 'pink', 'large')], ('black', 'striped'),
+     ['a yellow star bottom left, a pink triangle top right',
+      'a pink triangle top right and a yellow star bottom left'],
+     (54.4, 37.7, 38.3)),
+    ('held_out', [('cross', 'red', 'small')], ('grey', 'checked'),
+     ['a red cross top left', 'a small red cross top left on checked'], (134.4, 122.9, 122.9))])
+def test_a_seed_keeps_its_meaning(split, things, ground, texts, colour):
     "Weights and records were made with these scenes: who changes them raises VERSION."
     scene = draw_scene(77, split)
     assert [(o.shape, o.colour, o.size) for o in scene.things] == things and (scene.tone, scene.texture) == ground
-    assert captions(scene, 77, split=split)[0] == text
+    assert captions(scene, 77, split=split)[::4] == texts
     assert np.allclose(render(scene).mean((0, 1)), colour, atol=.1)
-    assert scenes.VERSION == 1
+    assert scenes.VERSION == 2
+
+
+def test_captions_keep_their_words():
+    "As above, for the captions of three hundred scenes."
+    texts = [text for split in SPLITS for seed in range(100)
+             for text in captions(draw_scene(seed, split), seed, split=split)]
+    assert hashlib.sha256('\n'.join(texts).encode()).hexdigest()[:16] == 'b3104bd38da8d674'
+    assert scenes.VERSION == 2
 
 
 @pytest.mark.parametrize('split', SPLITS)
@@ -94,15 +106,67 @@ def test_bad_input_is_named(call, sentence):
     with pytest.raises(ValueError, match=sentence.replace('.', r'\.')): call()
 
 
+# places
+
+@pytest.mark.parametrize('x, y, words', [
+    (.2, .2, ('top', 'left')), (.5, .2, ('top', 'centre')), (.8, .2, ('top', 'right')), (.2, .5, ('middle', 'left')),
+    (.5, .5, ('middle', 'centre')), (.8, .5, ('middle', 'right')), (.2, .8, ('bottom', 'left')),
+    (.5, .8, ('bottom', 'centre')), (.8, .8, ('bottom', 'right')), (.41, .59, ('middle', 'centre'))])
+def test_places_have_two_words(x, y, words):
+    assert place_words(replace(red_star, x=x, y=y)) == words
+
+
+@pytest.mark.parametrize('x, columns', [(.35, 'left'), (.37, 'left centre'), (.43, 'left centre'), (.45, 'centre'),
+                                        (.55, 'centre'), (.57, 'centre right'), (.63, 'centre right'), (.65, 'right')])
+def test_near_a_cut_both_places_are_accepted(x, columns):
+    across, down = replace(red_star, x=x, y=.2), replace(red_star, x=.2, y=x)
+    assert [word for word in COLUMNS if is_at(across, ('top', word))] == columns.split()
+    rows = [ROWS[COLUMNS.index(word)] for word in columns.split()]
+    assert [word for word in ROWS if is_at(down, (word, 'left'))] == rows
+    assert not is_at(across, ('bottom', 'left')) and not is_at(down, ('top', 'right'))
+
+
+def test_where_a_thing_is_said_to_be_it_is():
+    for x, y in np.random.default_rng(0).uniform(size=(300, 2)):
+        thing = replace(red_star, x=x, y=y)
+        assert is_at(thing, place_words(thing))
+        assert sum(is_at(thing, (row, column)) for row in ROWS for column in COLUMNS) in (1, 2, 4)
+
+
 # captions
+
+def test_the_vocabulary_of_the_small_model_is_that_of_the_captions(): assert config.WORDS == WORDS
+
 
 @pytest.mark.parametrize('split', SPLITS)
 def test_captions_are_short_true_and_made_of_words(split):
     for seed in range(150):
         scene = draw_scene(seed, split)
         for text in captions(scene, seed, split=split):
-            assert set(text.split()) <= set(WORDS) and len(text.split()) <= 15
+            words = text.replace(',', '').split()
+            assert set(words) <= set(WORDS) and len(words) <= 15
             assert is_true(text, scene), text
+
+
+@pytest.mark.parametrize('split', SPLITS)
+def test_the_first_caption_is_the_plain_one_from_left_to_right(split):
+    for seed in range(150):
+        scene = draw_scene(seed, split)
+        text = captions(scene, seed, split=split)[0]
+        things = sorted(scene.things, key=lambda o: o.x)
+        assert parse(text).things == tuple((None, o.colour, o.shape, place_words(o)) for o in things)
+        assert parse(text).relation is None and parse(text).ground is None and text.count(', ') == len(things) - 1
+        assert text == plain_caption(scene) == plain_caption(replace(scene, things=scene.things[::-1]))
+        assert captions(scene, seed, 1, split) == [text] and is_true(text, scene)
+
+
+def test_loose_captions_name_what_plain_ones_do_not():
+    claims = [parse(text) for seed in range(300) for text in captions(draw_scene(seed), seed)[1:]]
+    assert {c.relation for c in claims} == {None, *scenes.RELATIONS}
+    assert {c.ground for c in claims} == {None, *scenes.TONES, *scenes.TEXTURES}
+    for i, names in enumerate((SIZES, COLOURS, SHAPES)):
+        assert {thing[i] for c in claims for thing in c.things} == {None, *names}
+    assert {thing[3] is None for c in claims for thing in c.things} == {True, False}
 
 
 def test_held_out_pairs_are_named_in_full():
@@ -113,8 +177,8 @@ def test_held_out_pairs_are_named_in_full():
 
 
 def test_an_stands_before_orange_only():
-    texts = [text for seed in range(300) for text in captions(draw_scene(seed), seed)]
-    pairs = {pair for text in texts for pair in zip(text.split(), text.split()[1:])}
+    texts = [text.replace(',', '').split() for seed in range(300) for text in captions(draw_scene(seed), seed)]
+    pairs = {pair for words in texts for pair in zip(words, words[1:])}
     assert {word for article, word in pairs if article == 'an'} == {'orange'} and ('a', 'orange') not in pairs
 
 
@@ -126,10 +190,11 @@ def test_parse_takes_captions_and_nothing_else():
     rng, texts = random.Random(0), [text for seed in range(100) for text in captions(draw_scene(seed), seed)]
     assert all(parse(text) for text in texts) and parse('  A  Red\nstar ') == parse('a red star')
     for text in ['', 'star', 'a', 'a red', 'red star', 'a star on', 'a star on red', 'a star on a white', 'a star.',
-                 'a red small star', 'a star and', 'a star a ring', 'a star left a ring', 'a star on white on white',
-                 'a star and a ring with a star', 'a star and a ring and a star and a ring', 'there is', 'a red',
-                 'a shape shape', 'a star on white background', 'there is a picture of a star',
-                 'a star on a white background a']:
+                 'a red small star', 'a star and', 'a star left a ring', 'a star on white on white', 'there is',
+                 'a star and a ring with a star', 'a star and a ring and a star and a ring', 'a shape shape',
+                 'a star, a ring, a bar, a bar', 'a star on white background', 'there is a picture of a star',
+                 'a star top', 'a star left', 'a star left top', 'a star centre centre', 'a top left star',
+                 'a star top left of a ring', 'a star top left bottom right', 'a star on a white background a', ',']:
         assert parse(text) is None, text
     for text in texts:  # one word less is another caption or none, never an accident
         words = text.split()
@@ -137,15 +202,24 @@ def test_parse_takes_captions_and_nothing_else():
         parse(' '.join(words))
 
 
+def test_commas_do_not_matter():
+    for text in [text for seed in range(100) for text in captions(draw_scene(seed), seed)]:
+        assert parse(text) == parse(text.replace(',', '')) == parse(text.replace(' ', ' , '))
+
+
 def test_statements_are_true_or_not():
     blue_ring = replace(red_star, shape='ring', colour='blue', size='small', x=.2, y=.45)
     scene = replace(on_white(red_star, blue_ring), texture='dotted')
     for text in ['a star and a ring', 'a ring with a star', 'a blue ring left of a red star', 'a shape and a shape',
-                 'a large red star right of a small blue ring on a dotted background', 'a star and a ring on white']:
+                 'a large red star right of a small blue ring on a dotted background', 'a star and a ring on white',
+                 'a blue ring middle left, a red star middle centre', 'a red star, a blue ring middle left',
+                 'a shape middle centre and a shape middle left', 'a star middle centre with a shape on dotted']:
         assert is_true(text, scene), text
     for text in ['a star', 'a star and a ring and a shape', 'a ring right of a star', 'a ring above a star',
                  'a blue star and a red ring', 'a small star and a ring', 'a star and a ring on black',
-                 'a star and a ring on plain', 'a star and a star', 'a star and a ring!', '']:
+                 'a star and a ring on plain', 'a star and a star', 'a star and a ring!', '',
+                 'a blue ring middle centre, a red star middle left', 'a blue ring top left, a red star middle centre',
+                 'a star middle left and a shape middle left', 'a blue ring middle left']:
         assert not is_true(text, scene), text
 
 
@@ -202,25 +276,32 @@ def test_blank_is_never_right(level): assert never_right(np.full((64, 64, 3), le
 
 @pytest.mark.parametrize('shape', SHAPES)
 def test_touching_things_are_never_right(shape):
-    for apart in (1.4, 1.6):  # in radii
+    for apart in (1.3, 1.45):  # in radii; two circles that only just touch are a bar to the reader
         a, b = (replace(red_star, shape=shape, x=.5 + side * apart / 2 * red_star.radius) for side in (-1, 1))
         assert never_right(render(on_white(a, b)))
 
 
-@pytest.mark.parametrize('shape', ['circle', 'square', 'star', 'cross', 'ring'])
+@pytest.mark.parametrize('shape', ['triangle', 'star', 'cross', 'ring'])  # half a circle is a bar to the reader
 def test_half_a_thing_is_never_right(shape):
     image = render(on_white(replace(red_star, shape=shape)))
     image[:, 32:] = render(on_white())[:, 32:]
     assert never_right(image)
 
 
+def test_drawn_things_stay_far_below_the_allowed_error():
+    errors = [o.error for split in SPLITS for seed in range(60) for o in read(render(draw_scene(seed, split))).things]
+    assert max(errors) < .16 < .25 == scenes.MAX_ERROR
+
+
 def test_colours_that_cancel_are_unclear_without_a_warning():
-    image = np.full((64, 64, 3), 128, np.uint8)
-    image[20:40, 20:30], image[20:40, 30:40] = (228, 78, 78), (28, 178, 178)
+    image, chroma = np.full((64, 64, 3), 128, np.uint8), np.zeros((64, 64, 3))
+    image[20:40, 20:30], image[20:40, 30:40] = (200, 30, 30), (30, 200, 200)
+    chroma[20:40, 20:30], chroma[20:40, 30:40] = (.4, -.2, -.2), (-.4, .2, .2)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert never_right(image)
         assert [o.shape for o in read(image).things] == ['unclear']
+        assert scenes.read_thing(chroma, chroma.any(-1)).shape == 'unclear'  # nothing is left of them
 
 
 def test_one_thing_more_or_less_or_elsewhere_is_wrong():
