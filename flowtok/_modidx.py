@@ -348,6 +348,7 @@ d = { 'settings': { 'branch': 'main',
                                'flowtok.train.step_values': ('train.html#step_values', 'flowtok/train.py'),
                                'flowtok.train.take_step': ('train.html#take_step', 'flowtok/train.py'),
                                'flowtok.train.train': ('train.html#train', 'flowtok/train.py'),
+                               'flowtok.train.training_seconds': ('train.html#training_seconds', 'flowtok/train.py'),
                                'flowtok.train.training_state': ('train.html#training_state', 'flowtok/train.py'),
                                'flowtok.train.watch': ('train.html#watch', 'flowtok/train.py'),
                                'flowtok.train.weights_file': ('train.html#weights_file', 'flowtok/train.py')}}}

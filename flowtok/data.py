@@ -192,7 +192,7 @@ def token_batches(
     token_dim: int,  # d
     tokenize: Callable,  # list of captions -> ids (b, n)
     seed: int = 0,  # of the choice among captions
-    first: bool = False,  # take the first caption of each sample, not any
+    first: bool = False,  # take the first caption of each sample, not any of them
 ) -> Iterator[tuple[Tensor, Tensor]]:  # moments (b, k, 2 d), ids (b, n)
     "Batches of cached token moments and captions."
     generator, moments, captions = np.random.default_rng(seed), [], []

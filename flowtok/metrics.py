@@ -91,7 +91,10 @@ def image_to_text_scores(
     scenes, references = scene_prompts(split, n)
     size = pipe.config.tokenizer.image_size
     found = pipe.caption(to_images(np.stack([render(scene, size) for scene in scenes])), **how)
-    return {'equivalent': sum(map(is_true, found, scenes)), 'exact': sum(map(lambda c, all: c in all, found, references))}
+
+    def exact(text, five): return text in [known.replace(',', '') for known in five]
+
+    return {'equivalent': sum(map(is_true, found, scenes)), 'exact': sum(map(exact, found, references))}
 
 # %% ../nbs/11_metrics.ipynb #fa1e977a
 def gaussian_statistics(

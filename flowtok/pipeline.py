@@ -150,6 +150,8 @@ def generate(
     "Pictures for captions (paper, section 3: from Z_T to Z_I)."
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type {output_type!r} is unknown: choose one of {', '.join(OUTPUT_TYPES)}.")
+    if temperature is not None and not 0 <= temperature <= 2:
+        raise ValueError(f"temperature must be between 0 (no noise) and 1 (all of it), at most 2, got {temperature}.")
     self.need('tokenizer', 'text-to-image')
     ids = self.text_encoder.tokenize(as_list(prompts)).to(self.device)
     temperature = self.config.text.temperature if temperature is None else temperature

@@ -6,7 +6,7 @@
 __all__ = ['stage_classes', 'keep_memory', 'Run', 'weights_file', 'Stage', 'TokenizerStage', 'TextStage', 'FlowStage',
            'rate_factor', 'make_optimizers', 'Ema', 'save_state', 'training_state', 'resume', 'take_step', 'batches',
            'Log', 'step_values', 'show_progress', 'train', 'cpu_has_bf16', 'begin', 'finish', 'cache_tokens',
-           'default_processes', 'launch', 'follow', 'progress_line', 'draw_curves', 'watch', 'main']
+           'default_processes', 'launch', 'follow', 'training_seconds', 'progress_line', 'draw_curves', 'watch', 'main']
 
 # %% ../nbs/09_train.ipynb #3e3088a0
 import json
@@ -530,6 +530,17 @@ def follow(
         if running:
             time.sleep(.25)
 
+# %% ../nbs/09_train.ipynb #0f43cc53
+def training_seconds(
+    log: Path,  # log.jsonl of a stage
+) -> float:  # seconds of training, all stretches together
+    "How long a stage has trained."
+    total, last = 0., 0.
+    for event in map(json.loads, log.read_text().splitlines()):
+        now = event.get('seconds', last)
+        total, last = total + (last if now < last else 0.), now
+    return round(total + last, 1)
+
 # %% ../nbs/09_train.ipynb #8b8b9e97
 def progress_line(
     run: Run,
@@ -601,6 +612,7 @@ def main():
     if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
         sys.exit("usage: flowtok-train RUN.json, where RUN.json is what nbs/train.ipynb leaves in the stage's folder.")
     train(from_json(Path(sys.argv[1]).read_text(), Run))
+    os._exit(0)                                     # all is written; threads of libraries may not get to abort the exit
 
 
 if __name__ == '__main__' and '__file__' in globals():  # a module has a file, this notebook has none

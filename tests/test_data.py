@@ -79,6 +79,11 @@ def test_token_cache_round_trip_and_reuse(shards, tmp_path):
     assert np.abs(read_moments(first, 3) - encode(pixels[None])[0]).max() < 1e-3
     moments, ids = next(token_batches(read_samples(find_shards(folder), shuffle=0), 30, 3, lengths))
     assert moments.shape == (30, 8, 6) and ids.flatten().tolist() == [len(f'number {i}') for i in range(30)]
+    def told(first, seed):
+        samples = [{'token.npy': next(read_samples(find_shards(folder), shuffle=0))['token.npy'],
+                    'json': json.dumps({'captions': ['a', 'bb', 'ccc']}).encode()}] * 20
+        return set(next(token_batches(iter(samples), 20, 3, lengths, seed, first))[1].flatten().tolist())
+    assert told(True, 0) == {1} and told(False, 0) == {1, 2, 3}
     def never(pixels):
         raise AssertionError('a finished cache was written again')
     write_token_cache(read_samples(shards, shuffle=0), never, folder, 16)

@@ -137,3 +137,12 @@ def test_a_failing_program_gives_none_and_its_reason(monkeypatch):
     monkeypatch.setattr(metrics, 'score_captions', fails)
     scores = metrics.caption_scores(candidates, references)
     assert scores['CIDEr'] is None and 'no memory' in scores['not_available']['CIDEr']
+
+
+def test_exact_captions_need_no_commas():
+    from types import SimpleNamespace as Of
+    scenes, known = metrics.scene_prompts('seen', 6)
+    said = [five[i % 5].replace(',', '') for i, five in enumerate(known)]
+    said[0], said[1] = 'a shape ' * len(scenes[0].things), 'no caption'  # true but none of the five; neither
+    pipe = Of(config=Of(tokenizer=Of(image_size=64)), caption=lambda images: [text.strip() for text in said])
+    assert metrics.image_to_text_scores(pipe, 'seen', 6) == {'equivalent': 5, 'exact': 4}

@@ -45,6 +45,14 @@ def test_one_generator_serves_all_in_order(pipe):
     assert torch.allclose(first, second, atol=1e-5)
 
 
+def test_temperature_scales_what_the_draw_decides(pipe):
+    def run(seed, temperature=None):
+        return pipe(prompts, 2, generator=torch.Generator().manual_seed(seed), output_type='tokens', temperature=temperature)
+    assert torch.equal(run(0, 0.), run(1, 0.))
+    near, far = ((run(0, t) - run(1, t)).square().mean() for t in (.1, 1.))
+    assert 0 < near < far and torch.equal(run(0), run(0, pipe.config.text.temperature))
+
+
 def test_save_and_load_give_the_same(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = FlowTokPipeline.from_pretrained(tmp_path)
@@ -67,6 +75,7 @@ def test_bad_input_gets_one_sentence(pipe, tmp_path):
             (lambda: pipe(prompts, output_type='png'), 'choose one of pil, pt, tokens'),
             (lambda: pipe(prompts, 0), '0'),
             (lambda: pipe(prompts, solver='best'), 'euler'),
+            (lambda: pipe(prompts, temperature=-1), 'temperature must be between 0'),
             (lambda: pipe(prompts, generator=[torch.Generator()]), '5 pictures need 5 generators'),
             (lambda: pipe.caption([]), 'an empty list'),
             (lambda: pipe.caption(['a.png']), 'got str'),

