@@ -33,7 +33,7 @@ def accuracy_interval(
     p, z = right / n, NormalDist().inv_cdf((1 + confidence) / 2)
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return centre - half if right else 0.0, centre + half if right < n else 1.0
 
 # %% ../nbs/11_metrics.ipynb #cac30984
 CONTROLS = 'with text', 'no text at decoding', 'noise tokens, right text', 'right tokens, wrong text'

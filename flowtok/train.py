@@ -429,7 +429,7 @@ def begin(run: Run):  # accelerator, stage
     run.folder.mkdir(parents=True, exist_ok=True)
     cpu = not torch.cuda.is_available()
     unused = DistributedDataParallelKwargs(                                # text dropped, terms of weight 0
-        find_unused_parameters=True, gradient_as_bucket_view=True)
+        find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False)
     precision = 'no' if run.recipe.precision == 'fp32' or cpu and not cpu_has_bf16() else run.recipe.precision
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[unused])
     if run.recipe.batch_size % accelerator.num_processes:
@@ -485,7 +485,8 @@ keep_memory = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': '4000000000', 
 def launch(
     run: Run,
     processes: int = 0,  # 0 for `default_processes`
-) -> Iterator[dict]:  # the lines of the log, as they come; RuntimeError with the end of the error output
+    stages_at_once: int = 1,  # that share the cores of this machine; with more than one, None comes in idle moments
+) -> Iterator[dict | None]:  # the lines of the log, as they come; RuntimeError with the end of the error output
     "Train a stage in fresh processes and yield what it logs."
     processes = processes or default_processes(run)
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -494,13 +495,13 @@ def launch(
     command = [sys.executable, '-m']
     if processes > 1:
         command += ['torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '-m']
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = max(1, (os.cpu_count() or 1) // (processes * stages_at_once))
     old = log.stat().st_ino if log.exists() else None
     with errors.open('w') as sink:
         process = subprocess.Popen([*command, 'flowtok.train', str(run.folder / 'run.json')], stdout=sink, stderr=sink,
                                    env=os.environ | keep_memory | {'OMP_NUM_THREADS': str(threads)})
     try:
-        yield from follow(log, process, old)
+        yield from follow(log, process, old, idle=stages_at_once > 1)
     finally:
         if process.poll() is None:
             process.terminate()
@@ -516,7 +517,8 @@ def follow(
     log: Path,  # file that the process writes
     process: subprocess.Popen,
     old: int | None,  # inode of the file that an earlier run left, not to be read
-) -> Iterator[dict]:
+    idle: bool = False,  # yield None when there is nothing new, not only wait
+) -> Iterator[dict | None]:
     "The lines of a log as they are written, from its first one, until the process ends."
     running, position = True, 0
     while running:
@@ -529,6 +531,8 @@ def follow(
             yield from map(json.loads, lines)
         if running:
             time.sleep(.25)
+            if idle:
+                yield None
 
 # %% ../nbs/09_train.ipynb #0f43cc53
 def training_seconds(
@@ -587,23 +591,31 @@ def draw_curves(
 
 # %% ../nbs/09_train.ipynb #abf684b7
 def watch(
-    run: Run,
-    processes: int = 0,  # 0 for `default_processes`
-) -> list[dict]:  # all lines of the log
-    "Train a stage, shown in one output that changes."
+    *runs: Run,  # one, or several that do not need each other
+    processes: int = 0,  # of each; 0 for `default_processes`
+) -> list[list[dict]]:  # all lines of the log of each run
+    "Train stages side by side, each shown in one output that changes."
     from IPython.display import display
-    screen = display({'text/plain': f'{run.stage}: starting'}, raw=True, display_id=True)
-    events, due = [], time.time() + 5
-    for event in launch(run, processes):
-        events.append(event)
-        if event.get('step') == 3:
-            print(progress_line(run, events))
-        if time.time() > due and screen:
-            began = time.time()
-            screen.update(draw_curves(run, events))
-            due = time.time() + max(5, 30 * (time.time() - began))     # drawing must not slow down training
-    if screen:
-        screen.update(draw_curves(run, events))
+    screens = [display({'text/plain': f'{run.stage}: starting'}, raw=True, display_id=True) for run in runs]
+    streams = dict(enumerate(launch(run, processes, len(runs)) for run in runs))
+    events, due = [[] for _ in runs], [time.time() + 5] * len(runs)
+    try:
+        while streams:
+            for i in list(streams):
+                event = next(streams[i], 'end')
+                if event == 'end':
+                    del streams[i]
+                elif event:
+                    events[i].append(event)
+                    if event.get('step') == 3:
+                        print(progress_line(runs[i], events[i]))
+                if screens[i] and (event == 'end' or time.time() > due[i]):
+                    began = time.time()
+                    screens[i].update(draw_curves(runs[i], events[i]))
+                    due[i] = time.time() + max(5, 30 * (time.time() - began))  # drawing must not slow down training
+    finally:
+        for stream in streams.values():
+            stream.close()
     return events
 
 # %% ../nbs/09_train.ipynb #469c031d
@@ -612,6 +624,7 @@ def main():
     if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
         sys.exit("usage: flowtok-train RUN.json, where RUN.json is what nbs/train.ipynb leaves in the stage's folder.")
     train(from_json(Path(sys.argv[1]).read_text(), Run))
+    sys.stderr.flush()
     os._exit(0)                                     # all is written; threads of libraries may not get to abort the exit
 
 

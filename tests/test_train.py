@@ -11,7 +11,8 @@ from flowtok.model import load_weights
 from flowtok.scenes import write_shards
 from flowtok.text import TextAutoencoder
 from flowtok.tokenizer import ImageTokenizer
-from flowtok.train import Ema, Log, Run, cache_tokens, launch, make_optimizers, rate_factor, save_state, train
+from flowtok.train import (Ema, Log, Run, cache_tokens, launch, make_optimizers, rate_factor, save_state, train,
+                           training_seconds, watch)
 
 
 @pytest.fixture(scope='module')
@@ -103,11 +104,23 @@ def test_same_seed_same_weights(shards, tmp_path):
     assert runs[0].weights.read_bytes() == runs[1].weights.read_bytes()
 
 
+def test_seconds_of_all_stretches_count(tmp_path):
+    log = tmp_path / 'log.jsonl'
+    log.write_text(''.join(f'{line}\n' for line in ('{"seconds": 2}', '{"seconds": 5}', '{"captions": []}', '{"seconds": 1.5}')))
+    assert training_seconds(log) == 6.5
+
+
 def test_two_processes_train_and_refuse_an_odd_batch(shards, tmp_path):
     run = short('tokenizer', shards, tmp_path)
     assert list(launch(run, 2))[-1]['step'] == 3 and run.weights.exists()
     with pytest.raises(RuntimeError, match='cannot be shared by 2 processes'):
         list(launch(replace(run, stage='text', recipe=replace(run.recipe, batch_size=7)), 2))
+
+
+def test_two_stages_side_by_side(shards, tmp_path):
+    runs = short('tokenizer', shards, tmp_path), short('text', shards, tmp_path, steps=5)
+    events = watch(*runs, processes=1)
+    assert [lines[-1]['step'] for lines in events] == [3, 5] and all(run.weights.exists() for run in runs)
 
 
 def test_two_processes_stop_and_go_on(shards, tmp_path):

@@ -1,0 +1,417 @@
+"Released checkpoints: the authors' numbers through the loaders, strictness, safety, the hub, and our own layout."
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flowtok.config import TokenizerConfig, from_json, preset
+from flowtok.flow import sample
+from flowtok.model import FlowTok
+from flowtok.pipeline import embedded_weights
+from flowtok.pretrained import (FLOWTOK_NAMES, KNOWN_HEADS, TOKEN_BUFFERS, convert, flowtok_config, load_flowtok,
+                                load_tokenizer, read_state, released_shape, rename, tokenizer_config, tokenizer_names)
+from flowtok.tokenizer import ImageTokenizer
+
+goldens = Path(__file__).parent / 'goldens'
+flow_file = goldens / 'flowtok_nano' / 'FlowTok-nano.safetensors'
+token_files = {'flowtitok_nano64': 'FlowTiTok_nano.bin', 'flowtitok_nano128': 'FlowTiTok_nano.safetensors',
+               'tatitok_nano64': 'model.safetensors'}
+heads = dict(num_heads=4, projector_num_heads=8)
+
+
+def token_heads(name):
+    c = json.loads((goldens / name / 'golden.json').read_text())['config']
+    return dict(encoder_heads=c['encoder']['num_heads'], decoder_heads=c['decoder']['num_heads'])
+
+
+def agree(ours, golden, tolerance=2e-5):
+    assert ours.shape == golden.shape
+    assert (ours.detach() - golden).abs().max() <= tolerance * max(1, golden.abs().max())
+
+
+def write(state, file):
+    "A checkpoint in the format of its suffix."
+    save_file(state, file) if file.suffix == '.safetensors' else torch.save(state, file)
+    return file
+
+
+def same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture
+def flow_state():
+    return load_file(flow_file)
+
+
+@pytest.fixture
+def token_state():
+    return read_state(goldens / 'flowtitok_nano128' / 'FlowTiTok_nano.safetensors')
+
+
+# the authors' numbers
+
+@pytest.mark.parametrize('suffix', ['.pth', '.bin', '.safetensors'])
+def test_flowtok_from_every_format(flow_state, tmp_path, suffix):
+    golden = load_file(goldens / 'flowtok_nano' / 'golden.safetensors')
+    model = load_flowtok(write(flow_state, tmp_path / f'x{suffix}'), **heads)
+    assert isinstance(model, FlowTok) and not model.training
+    for i in (0, 1):
+        agree(model.velocity(golden['x'], golden['t'], i), golden[f'velocity_indicator{i}'])
+    posterior = model.project(golden['text'])
+    agree(posterior.mean, golden['text_mu'])
+    agree(posterior.logvar, golden['text_logvar'])
+    agree(model.alignment_target(golden['text']), golden['context_projector'])
+    agree(sample(model.velocity, golden['text_mu'][:2], num_inference_steps=20, schedule='released'),
+          golden['euler20_end'])
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.bin', '.safetensors'])
+@pytest.mark.parametrize('name', token_files)
+def test_tokenizers_from_every_format(tmp_path, name, suffix):
+    golden = load_file(goldens / name / 'golden.safetensors')
+    file = write(read_state(goldens / name / token_files[name]), tmp_path / f'x{suffix}')
+    model = load_tokenizer(file, **token_heads(name))
+    images = golden['image_u8'].float() / 255
+    assert isinstance(model, ImageTokenizer) and not model.training
+    assert model.config.image_size == images.shape[2]
+    assert model.config.positions == ('learned' if name.startswith('tatitok') else 'rope')
+    q, latents = model.encode(images), golden['latents'].squeeze(2).mT
+    agree(q.mean, golden['mean'].squeeze(2).mT)
+    agree(q.logvar, golden['logvar'].squeeze(2).mT)
+    agree(model.to_flow(q.mean), golden['flow_tokens_from_mean'])
+    agree(model.decode(latents, golden['text']), golden['decoded'].clamp(0, 1))
+    agree(model.train().decode(latents, golden['text']), golden['decoded'])
+    if model.config.positions == 'rope':
+        agree(model.encoder.grid.tables.cos, golden['encoder_rope_cos'], 5e-6)
+        agree(model.decoder.grid.tables.sin, golden['decoder_rope_sin'], 5e-6)
+
+
+@torch.no_grad()
+def test_pipeline_from_features_to_pixels():
+    golden = load_file(goldens / 'pipeline' / 'golden.safetensors')
+    described = json.loads((goldens / 'pipeline' / 'golden.json').read_text())
+    model = load_flowtok(flow_file, **heads)
+    tokenizer = load_tokenizer(goldens / 'flowtitok_nano64' / 'FlowTiTok_nano.bin', **token_heads('flowtitok_nano64'))
+    start = model.project(golden['text']).mean
+    agree(start, golden['start'])
+    end = sample(model.velocity, start, num_inference_steps=described['steps'], schedule='released',
+                 guidance_scale=described['guidance_scale'])
+    agree(end, golden['end'])
+    assert tokenizer.config.latent_scale == described['scale_factor']
+    images = tokenizer.train().decode(tokenizer.from_flow(end), golden['text'])
+    agree(images, golden['image'])
+    levels = (255 * images + 0.5).clamp(0, 255).floor()
+    assert (levels - golden['image_uint8'].float()).abs().max() <= 1
+
+
+def test_loaded_weights_can_be_trained(flow_state):
+    model = load_flowtok(flow_file, **heads)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ['dit.positions']
+    assert model.temperature == flow_state['t2t_temperature']
+
+
+# names and sizes
+
+def test_names_are_one_to_one():
+    for names in (FLOWTOK_NAMES, tokenizer_names('rope'), tokenizer_names('learned')):
+        assert len(set(names.values())) == len(names)
+    for key in flow_file, *(goldens / name / file for name, file in token_files.items()):
+        names = FLOWTOK_NAMES if key == flow_file else tokenizer_names('learned' if 'tatitok' in str(key) else 'rope')
+        back = {ours: theirs for theirs, ours in names.items()}
+        assert all(rename(rename(k, names), back) == k for k in read_state(key))
+
+
+def as_released(kind, config, names):
+    "Tensors without memory, named and shaped as a released file of that size."
+    back = {ours: theirs for theirs, ours in names.items()}
+    with torch.device('meta'):
+        own = kind(config).state_dict()
+        return {(k := rename(ours, back)): torch.empty(released_shape(k, x.shape)) for ours, x in own.items()
+                if ours not in TOKEN_BUFFERS}
+
+
+learned = replace(preset('b'), tokenizer=TokenizerConfig(num_tokens=32, positions='learned'))
+
+
+@pytest.mark.parametrize('file, kind, config, names', [
+    ('FlowTok-XL', FlowTok, preset('xl'), FLOWTOK_NAMES), ('FlowTok-H', FlowTok, preset('h'), FLOWTOK_NAMES),
+    ('FlowTiTok-256', ImageTokenizer, preset('b'), tokenizer_names('rope')),
+    ('FlowTiTok-512', ImageTokenizer, preset('b'), tokenizer_names('rope')),
+    ('TA-TiTok-bl32-vae', ImageTokenizer, learned, tokenizer_names('learned'))])
+def test_names_and_shapes_of_the_released_files(file, kind, config, names):
+    entries = json.loads((goldens / 'keys' / f'{file}.json').read_text())
+    expected = {key: tuple(shape) for key, shape in entries.items() if 'freqs' not in key}
+    assert {key: tuple(x.shape) for key, x in as_released(kind, config, names).items()} == expected
+
+
+@pytest.mark.parametrize('name', ['s', 'b', 'l', 'xl', 'h'])
+def test_sizes_of_the_papers_models_are_read_off(name):
+    config = flowtok_config(as_released(FlowTok, preset(name), FLOWTOK_NAMES), f'{name}.pth')
+    assert config == preset(name)
+
+
+def test_sizes_of_the_papers_tokenizers_are_read_off():
+    for side in (256, 512):
+        state = as_released(ImageTokenizer, preset('b'), tokenizer_names('rope'))
+        state['encoder.positional_embedding.freqs_cos'] = torch.empty((side // 16)**2, 64)
+        found = tokenizer_config(state, 'FlowTiTok.bin')
+        assert found.tokenizer == TokenizerConfig(image_size=side) and found.text == preset('b').text
+    c = TokenizerConfig(num_tokens=128, encoder_width=512, encoder_depth=8, encoder_heads=8, positions='learned')
+    state = as_released(ImageTokenizer, replace(preset('b'), tokenizer=c), tokenizer_names('learned'))
+    assert tokenizer_config(state, 'model.safetensors').tokenizer == c
+    with pytest.raises(ValueError, match='bound to pictures of 256 pixels, got image_size 512'):
+        tokenizer_config(state, 'model.safetensors', 512)
+
+
+def test_heads_that_no_preset_knows():
+    with pytest.raises(ValueError, match=r'width 32 is none of the known ones, 768 \(8 heads\): give projector_num'):
+        load_flowtok(flow_file, num_heads=4)
+    with pytest.raises(ValueError, match=r'width 64 .* 1152 \(16 heads\), 1280 \(20 heads\): give num_heads'):
+        load_flowtok(flow_file, projector_num_heads=8)
+    for name in token_files:
+        with pytest.raises(ValueError, match='give encoder_heads'):
+            load_tokenizer(goldens / name / token_files[name], decoder_heads=4)
+        with pytest.raises(ValueError, match='give decoder_heads'):
+            load_tokenizer(goldens / name / token_files[name], encoder_heads=4)
+    assert KNOWN_HEADS['num_heads'] == {384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 20}
+
+
+def test_other_resolutions_with_the_same_file():
+    file, given = goldens / 'flowtitok_nano64' / 'FlowTiTok_nano.bin', token_heads('flowtitok_nano64')
+    small, large = load_tokenizer(file, **given), load_tokenizer(file, image_size=128, **given)
+    images = torch.rand(1, 3, 128, 128)
+    assert same_weights(small, large) and torch.equal(small.encode(images).mean, large.encode(images).mean)
+
+
+# strict in both directions
+
+@pytest.mark.parametrize('key', ['blocks.1.mlp.fc2.bias', 'pos_embed', 't2t_temperature', 'x_embedder.weight',
+                                 'context_projector.4.bias', 'context_encoder.layers.1.norm2.g'])
+def test_missing_tensors_of_a_flowtok(flow_state, tmp_path, key):
+    del flow_state[key]
+    with pytest.raises(ValueError, match=f'missing: {re.escape(key)}'):
+        load_flowtok(write(flow_state, tmp_path / 'x.pth'), **heads)
+
+
+@pytest.mark.parametrize('key', ['latent_tokens', 'decoder.ffn.0.weight', 'encoder.transformer.0.mlp.w12.bias',
+                                 'encoder.positional_embedding.freqs_cos', 'decoder.positional_embedding.freqs_sin'])
+def test_missing_tensors_of_a_tokenizer(token_state, tmp_path, key):
+    del token_state[key]
+    with pytest.raises(ValueError, match=f'missing: {re.escape(key)}'):
+        load_tokenizer(write(token_state, tmp_path / 'x.bin'), **token_heads('flowtitok_nano128'))
+
+
+def test_all_faults_are_named_at_once(flow_state, tmp_path):
+    del flow_state['final_layer.linear.bias']
+    flow_state |= {'module.extra': torch.zeros(1), 'blocks.9.attn.qkv.bias': torch.zeros(3),
+                   'blocks.0.attn.proj.weight': torch.zeros(64, 63), 'pos_embed': flow_state['pos_embed'][:, :, :-1]}
+    with pytest.raises(ValueError) as error:
+        load_flowtok(write(flow_state, tmp_path / 'x.pth'), **heads)
+    for words in ('missing: final_layer.linear.bias', 'unexpected: blocks.9.attn.qkv.bias, module.extra',
+                  'blocks.0.attn.proj.weight (64, 63) instead of (64, 64)',
+                  'pos_embed (1, 77, 63) instead of (1, 77, 64)'):
+        assert words in str(error.value)
+
+
+def test_unexpected_and_misshapen_tensors_of_a_tokenizer(token_state, tmp_path):
+    token_state |= {'quantize.codebook': torch.zeros(2), 'encoder.conv_out.weight': torch.zeros(32, 32)}
+    words = 'unexpected: quantize.codebook; misshapen: encoder.conv_out.weight (32, 32) instead of (32, 32, 1, 1)'
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_tokenizer(write(token_state, tmp_path / 'x.bin'), **token_heads('flowtitok_nano128'))
+
+
+def test_rotary_tables_must_follow_from_the_sizes(token_state, tmp_path):
+    file, given = tmp_path / 'x.safetensors', token_heads('flowtitok_nano128')
+    token_state['decoder.positional_embedding.freqs_sin'] *= 0.9
+    with pytest.raises(ValueError, match='freqs_sin differs by'):
+        load_tokenizer(write(token_state, file), **given)
+    with pytest.raises(ValueError, match='misshapen: decoder.positional_embedding.freqs_cos'):
+        load_tokenizer(file, **given | {'decoder_heads': 1})
+
+
+def test_values_that_are_no_numbers(flow_state, tmp_path):
+    flow_state['x_embedder.bias'][3] = float('nan')
+    flow_state['final_layer.linear.bias'] = flow_state['final_layer.linear.bias'].long()
+    with pytest.raises(ValueError, match='no finite floating point numbers: final_layer.linear.bias, x_embedder.bias'):
+        load_flowtok(write(flow_state, tmp_path / 'x.pth'), **heads)
+
+
+def test_checkpoints_of_something_else(flow_state, token_state, tmp_path):
+    with pytest.raises(ValueError, match='the other part: use load_flowtok'):
+        load_tokenizer(flow_file)
+    with pytest.raises(ValueError, match='the other part: use load_tokenizer'):
+        load_flowtok(write(token_state, tmp_path / 'x.bin'))
+    with pytest.raises(ValueError, match='another model, its names begin with visual'):
+        load_flowtok(write({'visual.proj': torch.zeros(1)}, tmp_path / 'y.bin'))
+    for wrapped in ({'state_dict': flow_state}, [1, 2], {}, {1: torch.zeros(1)}):
+        torch.save(wrapped, tmp_path / 'z.pth')
+        with pytest.raises(ValueError, match='must hold a plain dictionary of tensors'):
+            load_flowtok(tmp_path / 'z.pth')
+    with pytest.raises(ValueError, match=r'ending in .pth, .bin, .safetensors'):
+        read_state(__file__)
+
+
+def test_half_precision_files_become_float32(flow_state, tmp_path):
+    model = load_flowtok(write({k: x.half() for k, x in flow_state.items()}, tmp_path / 'x.pth'), **heads)
+    assert {x.dtype for x in model.state_dict().values()} == {torch.float32}
+
+
+# safety
+
+class Harmful:
+    def __init__(self, file): self.file = file
+    def __reduce__(self): return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+@pytest.mark.parametrize('load', [load_flowtok, load_tokenizer, read_state])
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, load, legacy):
+    torch.save({'x_embedder.weight': Harmful(tmp_path / 'ran')}, tmp_path / 'x.pth',
+               _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match='was refused: .* could run code'):
+        load(tmp_path / 'x.pth')
+    assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.bin', '.safetensors'])
+def test_files_that_are_cut_off_or_garbage(flow_state, tmp_path, suffix):
+    file = write(flow_state, tmp_path / f'x{suffix}')
+    whole = file.read_bytes()
+    for part in (whole[:len(whole) // 2], whole[:100], b'', b'not a checkpoint at all'):
+        file.write_bytes(part)
+        with pytest.raises(ValueError, match='is not a whole checkpoint|was refused'):
+            load_flowtok(file, **heads)
+
+
+# the hub
+
+@pytest.fixture
+def hub(monkeypatch):
+    "A hub that has the files put into it, and no network."
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    files = {}
+
+    def download(repo, file):
+        if (repo, file) not in files:
+            raise LocalEntryNotFoundError('offline')
+        return str(files[repo, file])
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', download)
+    return files
+
+
+def test_without_the_hub_one_sentence_says_what_to_do(hub):
+    with pytest.raises(FileNotFoundError) as error:
+        load_flowtok('turkeyju/FlowTok')
+    for words in ('FlowTok-XL.pth (2.8 GB', 'FlowTok-H.pth (4.4 GB', 'FlowTiTok_512.bin (1.6 GB', 'give its path'):
+        assert words in str(error.value)
+    with pytest.raises(FileNotFoundError, match=r'no FlowTok-H.pth of turkeyju/FlowTok: download FlowTok-H.pth \('):
+        load_flowtok('turkeyju/FlowTok/FlowTok-H.pth')
+    with pytest.raises(FileNotFoundError, match='gave no FlowTiTok_512.bin'):
+        load_tokenizer('turkeyju/FlowTok')
+    with pytest.raises(FileNotFoundError, match='gave no model.safetensors'):
+        load_tokenizer('turkeyju/tokenizer_tatitok_bl32_vae')
+
+
+def test_a_hub_that_is_switched_off(tmp_path):
+    code = "from flowtok.pretrained import load_flowtok; load_flowtok('turkeyju/FlowTok')"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                          env=os.environ | {'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path)})
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith('FileNotFoundError: There is no file turkeyju/FlowTok here')
+    assert 'FlowTok-H.pth (4.4 GB' in last
+
+
+def test_from_the_hub(hub, tmp_path):
+    hub['turkeyju/FlowTok', 'FlowTok-XL.pth'] = hub['a/b', 'deep/x.safetensors'] = flow_file
+    for name in ('turkeyju/FlowTok', 'a/b/deep/x.safetensors'):
+        assert load_flowtok(name, **heads).config.flow.depth == 2
+    hub['a/tatitok', 'model.safetensors'] = goldens / 'tatitok_nano64' / 'model.safetensors'
+    assert load_tokenizer('a/tatitok', **token_heads('tatitok_nano64')).config.positions == 'learned'
+    folder = convert(flow_file, tmp_path, **heads)
+    hub |= {('me/ours', name): folder / name for name in ('model.safetensors', 'config.json')}
+    assert load_flowtok('me/ours').config.flow.heads == 4
+
+
+@pytest.mark.parametrize('name', ['nothing.pth', 'weights/nothing.pth', './a/b', '/a/b/c', 'word'])
+def test_files_that_are_not_there(hub, name):
+    with pytest.raises(FileNotFoundError, match='There is no file'):
+        load_flowtok(name)
+
+
+# our own layout
+
+def test_convert_a_flowtok(tmp_path):
+    folder = convert(flow_file, tmp_path / 'a' / 'b', activation='gelu', **heads)
+    assert sorted(p.name for p in folder.iterdir()) == ['README.md', 'config.json', 'model.safetensors']
+    config = from_json((folder / 'config.json').read_text())
+    assert config.flow.heads == 4 and config.text.projector_heads == 8 and config.text.activation == 'gelu'
+    assert config.tokenizer.latent_scale == 1.0143
+    for path in (folder, folder / 'model.safetensors', str(folder)):
+        again = load_flowtok(path)
+        assert same_weights(again, load_flowtok(flow_file, **heads)) and again.config == config
+    assert 'load_flowtok' in (folder / 'README.md').read_text()
+    convert(folder, tmp_path / 'c')
+    assert from_json((tmp_path / 'c' / 'config.json').read_text()) == config
+
+
+@pytest.mark.parametrize('name', token_files)
+def test_convert_a_tokenizer(tmp_path, name):
+    file, given = goldens / name / token_files[name], token_heads(name)
+    first, again = load_tokenizer(file, **given), load_tokenizer(convert(file, tmp_path, **given))
+    assert same_weights(first, again) and again.config == first.config and again.text_shape == first.text_shape
+    images = torch.rand(1, 3, first.config.image_size, first.config.image_size)
+    assert torch.equal(first.encode(images).mean, again.encode(images).mean)
+
+
+def test_own_weights_need_their_config(tmp_path):
+    (convert(flow_file, tmp_path, **heads) / 'config.json').unlink()
+    with pytest.raises(FileNotFoundError, match='needs the config.json'):
+        load_flowtok(tmp_path)
+
+
+def test_own_weights_are_read_strictly(tmp_path):
+    file = convert(flow_file, tmp_path, **heads) / 'model.safetensors'
+    state = load_file(file)
+    state['dit.extra'] = state.pop('dit.embed.bias')
+    save_file(state, file)
+    with pytest.raises(ValueError, match='missing: dit.embed.bias; unexpected: dit.extra'):
+        load_flowtok(tmp_path)
+
+
+def test_weights_of_the_package_load_too():
+    model = load_flowtok(embedded_weights() / 'text-to-image.safetensors')
+    assert model.config == from_json((embedded_weights() / 'config.json').read_text())
+    tokenizer = load_tokenizer(embedded_weights() / 'tokenizer.safetensors')
+    assert tokenizer.config.anchored and not (tokenizer.token_scale == 1).all()
+
+
+def test_a_conversion_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    folder = convert(flow_file, tmp_path, **heads)
+    before = (folder / 'model.safetensors').read_bytes()
+
+    def full(*args): raise OSError('No space left on device')
+    monkeypatch.setattr('safetensors.torch.save_file', full)
+    with pytest.raises(OSError):
+        convert(flow_file, tmp_path, **heads)
+    assert (folder / 'model.safetensors').read_bytes() == before and same_weights(
+        load_flowtok(folder), load_flowtok(flow_file, **heads))
+
+
+def test_command_line(tmp_path):
+    def run(*args): return subprocess.run([sys.executable, '-m', 'flowtok.pretrained', *map(str, args)],
+                                          capture_output=True, text=True)
+    assert 'SOURCE' in run('--help').stdout.upper()
+    done = run(flow_file, tmp_path / 'out', '--num-heads', 4, '--projector-num-heads', 8)
+    assert done.returncode == 0 and (tmp_path / 'out' / 'model.safetensors').is_file(), done.stderr
+    failed = run(flow_file, tmp_path / 'out')
+    assert failed.returncode == 1 and 'give projector_num_heads' in failed.stderr and 'Traceback' not in failed.stderr
