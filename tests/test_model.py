@@ -12,24 +12,9 @@ from flowtok.flow import exchange_targets, sample, time_grid
 from flowtok.layers import timestep_features
 from flowtok.model import DiT, FlowTok
 from flowtok.objective import ObjectiveConfig, alignment_loss, flow_matching_loss, released_kl_loss, total
+from flowtok.pretrained import FLOWTOK_NAMES, rename
 
 goldens = Path(__file__).parent / 'goldens' / 'flowtok_nano'
-names = {'x_embedder': 'dit.embed', 'pos_embed': 'dit.positions', 't_embedder.mlp': 'dit.time.mlp',
-         'y_embedder.embedding_table': 'dit.indicator', 'blocks': 'dit.blocks', 'final_layer': 'dit.final',
-         'context_encoder': 'projector', 'context_projector': 'alignment', 't2t_temperature': 'temperature'}
-inner = {'adaLN_modulation.1': 'modulation', 'attn.W_Q': 'q', 'attn.W_K': 'k', 'attn.W_V': 'v', 'attn.W_O': 'out',
-         'feed_forward.ffn_1': 'fc1', 'feed_forward.ffn_2': 'fc2', 'norm1.g': 'norm1.weight', 'norm1.b': 'norm1.bias',
-         'norm2.g': 'norm2.weight', 'norm2.b': 'norm2.bias'}
-
-
-def our_name(released):
-    "The name that we give to an entry of a released file."
-    head = next(name for name in names if released.startswith(name))
-    name = names[head] + released[len(head):]
-    for theirs, ours in inner.items():
-        if name.endswith(theirs) or f'{theirs}.' in name:
-            return name.replace(theirs, ours)
-    return name
 
 
 @pytest.fixture(scope='module')
@@ -44,7 +29,7 @@ def described():
 
 @pytest.fixture(scope='module')
 def released():
-    state = {our_name(name): x for name, x in load_file(goldens / 'FlowTok-nano.safetensors').items()}
+    state = {rename(name, FLOWTOK_NAMES): x for name, x in load_file(goldens / 'FlowTok-nano.safetensors').items()}
     return state | {'dit.positions': state['dit.positions'][0]}
 
 
@@ -132,7 +117,7 @@ def test_gradient_norms(model, golden, described, case):
     weights = ObjectiveConfig(kl='released', kl_weight=described['loss_weights']['kl']).weights
     total(released_terms(model, golden, case), weights).backward()
     found = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.requires_grad}
-    expected = {our_name(k): v for k, v in described['gradient_norms_of_mean_loss'][case].items()}
+    expected = {rename(k, FLOWTOK_NAMES): v for k, v in described['gradient_norms_of_mean_loss'][case].items()}
     assert set(found) == set(expected)
     relative = described['tolerance']['gradient_norm_relative']
     wrong = {k: (found[k], v) for k, v in expected.items() if abs(found[k] - v) > max(relative * v, 1e-6)}

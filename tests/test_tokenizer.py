@@ -9,26 +9,20 @@ from safetensors.torch import load_file
 
 from flowtok.config import FlowTokConfig, TextConfig, TokenizerConfig, preset
 from flowtok.layers import DiagonalGaussian, apply_rope
+from flowtok.pretrained import rename, tokenizer_names
 from flowtok.tokenizer import ImageTokenizer, anchored_coordinates, cell_means, cut_patches, join_patches
 
 goldens = Path(__file__).parent / 'goldens'
 names = 'flowtitok_nano64', 'flowtitok_nano128', 'tatitok_nano64'
-renamed = {'latent_token_positional_embedding': 'latent_positions', 'transformer.': 'blocks.',
-           'ln_pre': 'norm_pre', 'ln_post': 'norm_post', 'ln_1': 'norm1', 'ln_2': 'norm2', 'decoder_embed': 'embed',
-           'text_guidance_proj': 'text_embed', 'text_guidance_positional_embedding': 'text_positions',
-           'encoder.conv_out': 'encoder.to_moments', 'ffn.0': 'to_pixels', 'class_embedding': 'grid.class_token',
-           'coder.positional_embedding': 'coder.grid.vectors', 'in_proj_': 'qkv.', 'out_proj': 'proj', 'c_fc': 'fc1',
-           'c_proj': 'fc2'}
 
 
 def ours(released):
     "A released state dict under our names and shapes, without the rotary tables, which follow from the sizes."
-    state = {}
+    state, names = {}, tokenizer_names('learned' if 'encoder.class_embedding' in released else 'rope')
     for key, value in released.items():
         if 'freqs' in key:
             continue
-        for old, new in renamed.items():
-            key = key.replace(old, new)
+        key = rename(key, names)
         state[key] = value.squeeze() if 'to_moments' in key or 'to_pixels' in key else value     # 1 x 1 convolutions
     return state
 
