@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'presets', 'stages', 'paper_recipes', 'tiny_base', 'tiny_recipes', 'check_heads', 'TokenizerConfig',
-           'TextConfig', 'FlowConfig', 'FlowTokConfig', 'preset', 'to_json', 'build', 'from_json', 'Recipe', 'recipe']
+           'TextConfig', 'FlowConfig', 'SamplingConfig', 'FlowTokConfig', 'preset', 'to_json', 'build', 'from_json',
+           'Recipe', 'recipe']
 
 # %% ../nbs/00_config.ipynb #f6f4197d
 import json
@@ -84,7 +85,6 @@ class TextConfig:
     projector_heads: int = 8
     projector_hidden: int = 1024  # width of its feed-forward layers
     projector_dropout: float = 0.1
-    temperature: float = 1.  # of sampling: by how much the noise of a caption's tokens is multiplied
     align_hidden: int = 512  # width of the MLP that makes the alignment target
     decoder_depth: int = 6
     decoder_width: int = 768
@@ -114,12 +114,23 @@ class FlowConfig:
 
 
 @dataclass(frozen=True)
+class SamplingConfig:
+    "How a model is asked where its user does not say."
+    steps: int = 20  # of the solver, from a caption to a picture
+    guidance: float = 2.  # 1 for none
+    temperature: float = 1.  # by which the noise of a caption's tokens is multiplied
+    caption_steps: int = 20  # of the solver, from a picture to a caption
+    caption_guidance: float = 2.
+
+
+@dataclass(frozen=True)
 class FlowTokConfig:
-    "A whole FlowTok: both sides, and the flow between them."
+    "A whole FlowTok: both sides, the flow between them, and how to sample it."
     name: str  # for people: 'xl', or what a user calls a model of his own
     tokenizer: TokenizerConfig = TokenizerConfig()
     text: TextConfig = TextConfig()
     flow: FlowConfig = FlowConfig()
+    sampling: SamplingConfig = SamplingConfig()
 
 # %% ../nbs/00_config.ipynb #a849643e
 presets = {
@@ -129,9 +140,10 @@ presets = {
                         decoder_width=128, decoder_depth=4, decoder_heads=4, rope_theta=10., anchored=True,
                         initial_logvar=-5., latent_scale=1.),
         TextConfig('words', length=16, width=128, vocab_size=len(WORDS) + 2, vocabulary=WORDS, projector_depth=2,
-                   projector_heads=4, projector_hidden=128, projector_dropout=0., temperature=.2, align_hidden=128,
-                   decoder_depth=2, decoder_width=128, decoder_heads=4),
-        FlowConfig(depth=4, width=128, heads=4)),
+                   projector_heads=4, projector_hidden=128, projector_dropout=0., align_hidden=128, decoder_depth=2,
+                   decoder_width=128, decoder_heads=4),
+        FlowConfig(depth=4, width=128, heads=4),
+        SamplingConfig(steps=8, guidance=1.5, temperature=.2, caption_steps=1, caption_guidance=1.5)),
     's': FlowTokConfig('s', flow=FlowConfig(12, 384, 6)),
     'b': FlowTokConfig('b', flow=FlowConfig(12, 768, 12)),
     'l': FlowTokConfig('l', flow=FlowConfig(24, 1024, 16)),
@@ -216,6 +228,7 @@ class Recipe:
     text_drop: float = 0.  # tokenizer: share of the batches that are drawn without text
     time_sampling: str = 'logit_normal'  # flows: 'logit_normal', 'uniform' or 'mixture'
     p_start: float = 0.5  # flows: share of t = 0 in the 'mixture'
+    time_power: float = 1.  # flows: its other times are u to this power, u uniform
     indicator_probability: float = 0.1  # flows: share of null samples
     source_noise: float = 0.  # flows: standard deviation of noise added to the source
     whiten: bool = False  # tokenizer: measure the tokens at the end, so that the flow sees mean 0 and deviation 1
@@ -243,12 +256,12 @@ paper_recipes = {
 tiny_base = Recipe(1000, 64, 'muon', 3e-3, 1e-2, weight_decay=0., warmup=50, schedule='cosine', ema=0.995,
                    precision='bf16', time_sampling='mixture')
 tiny_recipes = {
-    'tokenizer': replace(tiny_base, steps=3600, batch_size=16, kl_weight=1e-6, edge_weight=4., text_drop=0.9,
+    'tokenizer': replace(tiny_base, steps=3400, batch_size=16, kl_weight=1e-6, edge_weight=4., text_drop=0.9,
                          whiten=True),
     'text': replace(tiny_base, steps=250, learning_rate=2e-3, matrix_learning_rate=5e-3, kl_weight=1e-3),
-    'text-to-image': replace(tiny_base, steps=2800, learning_rate=4e-3, matrix_learning_rate=1.5e-2, kl_weight=1e-4,
-                             align_weight=1.),
-    'image-to-text': replace(tiny_base, steps=2000)}
+    'text-to-image': replace(tiny_base, steps=3000, learning_rate=4e-3, matrix_learning_rate=1.5e-2, kl_weight=1e-4,
+                             align_weight=1., p_start=0.4, time_power=3.),
+    'image-to-text': replace(tiny_base, steps=3200)}
 
 
 def recipe(

@@ -55,6 +55,7 @@ def sample_time(
     kind: str = 'logit_normal',  # one of `time_kinds`
     *,
     p_start: float = 0.5,  # mixture: probability of t = 0 exactly, in [0, 1]
+    power: float = 1.,  # mixture: the other times are u to this power, more than 0
     generator: torch.Generator | None = None,  # source of randomness
     device: torch.device | str | None = None,  # where the times are wanted
 ) -> Tensor:  # times in [0, 1], (n,)
@@ -63,11 +64,13 @@ def sample_time(
         raise ValueError(f"Time sampling {kind!r} is unknown: choose one of {', '.join(time_kinds)}.")
     if not 0 <= p_start <= 1:
         raise ValueError(f"p_start must be a probability between 0 and 1, got {p_start}.")
+    if not power > 0:
+        raise ValueError(f"power must be more than 0, got {power}.")
     if kind == 'logit_normal':
         return draw(torch.randn, (n,), generator, device).sigmoid()
     t = draw(torch.rand, (n,), generator, device)
     if kind == 'mixture':
-        t = t.masked_fill(draw(torch.rand, (n,), generator, device) < p_start, 0.)
+        t = (t ** power).masked_fill(draw(torch.rand, (n,), generator, device) < p_start, 0.)
     return t
 
 # %% ../nbs/01_flow.ipynb #1affe191

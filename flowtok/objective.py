@@ -92,6 +92,7 @@ class ObjectiveConfig:
     "The choices of the flow's training; the defaults are the paper's text to image."
     time_sampling: str = 'logit_normal'  # one of flowtok.flow.time_kinds
     p_start: float = 0.5  # mixture: probability of t = 0 exactly
+    time_power: float = 1.  # mixture: the other times are u to this power, u uniform
     indicator_probability: float = 0.1  # share of null samples
     kl_weight: float = 1e-4  # gamma_1
     kl: str = 'paper'  # one of `kl_losses`
@@ -133,7 +134,8 @@ def flow_terms(
     source_std = x0.detach().std()
     if objective.source_noise:
         x0 = x0 + objective.source_noise * draw(torch.randn, x0.shape, generator, device)
-    t = sample_time(b, objective.time_sampling, p_start=objective.p_start, generator=generator, device=device)
+    t = sample_time(b, objective.time_sampling, p_start=objective.p_start, power=objective.time_power,
+                    generator=generator, device=device)
     indicator = draw_indicator(b, objective.indicator_probability, generator, device)
     x1 = exchange_targets(x1, indicator)
     flow = flow_matching_loss(model.velocity, x0, x1, t, indicator, objective.sigma_min)

@@ -137,8 +137,8 @@ def as_output(images: Tensor, output_type: str):
 def generate(
     self,
     prompts: str | Sequence[str],  # one or many
-    num_inference_steps: int = 20,
-    guidance_scale: float = 2.0,  # 1 for none
+    num_inference_steps: int | None = None,  # None for the config's; the paper's 20
+    guidance_scale: float | None = None,  # 1 for none, None for the config's; the paper's 2
     generator: torch.Generator | Sequence[torch.Generator] | None = None,  # of the start, one for all or one a picture
     output_type: str = 'pil',  # 'pil': list of pictures; 'pt': (b, 3, h, w) in [0, 1]; 'tokens': (b, k, d)
     *,
@@ -154,15 +154,17 @@ def generate(
         raise ValueError(f"temperature must be between 0 (no noise) and 1 (all of it), at most 2, got {temperature}.")
     self.need('tokenizer', 'text-to-image')
     ids = self.text_encoder.tokenize(as_list(prompts)).to(self.device)
-    temperature = self.config.text.temperature if temperature is None else temperature
+    how = self.config.sampling
+    temperature = how.temperature if temperature is None else temperature
     shape = self.config.text.length, self.config.tokenizer.token_dim
     noise, done = draw_noise(shape, len(ids), generator).to(self.device), []
     for part, eps in zip(ids.split(batch_size), noise.split(batch_size)):
         features = self.text_encoder(part)                                       # (b, n, c)
         start = self.text_to_image.project(features)
         x0 = start.mean + temperature * start.std * eps
-        x1 = sample(self.text_to_image.velocity, x0, num_inference_steps=num_inference_steps,
-                    guidance_scale=guidance_scale, solver=solver)
+        x1 = sample(self.text_to_image.velocity, x0, solver=solver,
+                    num_inference_steps=how.steps if num_inference_steps is None else num_inference_steps,
+                    guidance_scale=how.guidance if guidance_scale is None else guidance_scale)
         if output_type != 'tokens':
             x1 = self.tokenizer.decode(self.tokenizer.from_flow(x1), features if text_at_decoding else None)
         done.append(x1)
@@ -174,18 +176,19 @@ def generate(
 def caption(
     self,
     images,  # PIL picture or a list of them, of any size and mode; or a tensor (b, 3, h, w) in [0, 1]
-    num_inference_steps: int = 20,
-    guidance_scale: float = 2.0,  # 1 for none
+    num_inference_steps: int | None = None,  # None for the config's; the paper's 20
+    guidance_scale: float | None = None,  # 1 for none, None for the config's; the paper's 2
     *,
     batch_size: int = 64,  # pictures at a time
 ) -> list[str]:
     "Captions for pictures (paper, section 3: from Z_I to Z_T)."
     self.need('tokenizer', 'text', 'image-to-text')
-    captions = []
+    captions, how = [], self.config.sampling
     for part in self.as_images(images).to(self.device).split(batch_size):
         x0 = self.tokenizer.to_flow(self.tokenizer.encode(part).mean)            # (b, k, d)
-        x1 = sample(self.image_to_text.velocity, x0, num_inference_steps=num_inference_steps,
-                    guidance_scale=guidance_scale)
+        x1 = sample(self.image_to_text.velocity, x0,
+                    num_inference_steps=how.caption_steps if num_inference_steps is None else num_inference_steps,
+                    guidance_scale=how.caption_guidance if guidance_scale is None else guidance_scale)
         captions += self.text_encoder.decode_ids(self.text.decoder(x1).argmax(-1))
     return captions
 

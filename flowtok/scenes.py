@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'HUES', 'COLOURS', 'SIZES', 'TONES', 'TEXTURES', 'REACH', 'TILT', 'PERIOD', 'SPLITS', 'PAIRS', 'HELD_OUT',
-           'MIDDLES', 'STRAY', 'ROWS', 'COLUMNS', 'CUTS', 'RELATIONS', 'WORDS', 'NOUN', 'LINK', 'GROUND', 'SENTENCE',
-           'MEAN_AREA', 'AREA', 'WINDOW', 'MAX_ERROR', 'VERSION', 'ENCODINGS', 'Thing', 'Scene', 'shape_distance',
-           'coverage', 'texture_pattern', 'whole_number', 'render', 'random_numbers', 'paint', 'draw_thing', 'place',
-           'draw_scene', 'place_words', 'is_at', 'relation', 'noun', 'plain_caption', 'loose_caption', 'captions',
-           'Claims', 'any_of', 'parse', 'agrees', 'is_true', 'to_pixels', 'find_cores', 'recover_coverage',
-           'name_colour', 'locate', 'templates', 'through_window', 'match_shapes', 'ground_patterns', 'read_ground',
-           'Seen', 'Reading', 'read_thing', 'read', 'shows', 'shard_sample', 'write_shard', 'claim_folder',
-           'write_shards']
+           'MIDDLES', 'STRAY', 'FACING', 'ROWS', 'COLUMNS', 'CUTS', 'RELATIONS', 'WORDS', 'NOUN', 'LINK', 'GROUND',
+           'SENTENCE', 'MEAN_AREA', 'AREA', 'WINDOW', 'MAX_ERROR', 'VERSION', 'ENCODINGS', 'Thing', 'Scene',
+           'shape_distance', 'coverage', 'texture_pattern', 'whole_number', 'render', 'random_numbers', 'paint',
+           'draw_thing', 'draw_cells', 'place', 'draw_scene', 'place_words', 'is_at', 'relation', 'facing', 'noun',
+           'reading_order', 'plain_caption', 'loose_caption', 'captions', 'Claims', 'any_of', 'parse', 'agrees',
+           'is_true', 'to_pixels', 'find_cores', 'recover_coverage', 'name_colour', 'locate', 'templates',
+           'through_window', 'match_shapes', 'ground_patterns', 'read_ground', 'Seen', 'Reading', 'read_thing', 'read',
+           'shows', 'shard_sample', 'write_shard', 'claim_folder', 'write_shards']
 
 # %% ../nbs/07_scenes.ipynb #9c41c3ee
 import colorsys
@@ -172,21 +172,27 @@ def draw_thing(pairs: list, rng: np.random.Generator) -> Thing:
 
 
 MIDDLES, STRAY = (.24, .5, .76), .03  # of the three rows and columns, and how far from them a thing may lie
+FACING = .15  # share of the pairs that face each other across the middle
+
+
+def draw_cells(n: int, rng: np.random.Generator) -> np.ndarray:
+    "A column and a row of the grid for each of n things, (n, 2)."
+    cells = rng.integers(3, size=(n, 2))
+    if n == 2 and rng.random() < FACING:
+        cells[0] = [(0, 1), (1, 0), (1, 2), (2, 1)][rng.integers(4)]
+        cells[1] = 2 - cells[0]
+    return cells
 
 
 def place(things: list, rng: np.random.Generator) -> tuple | None:
     "The things at places where none comes near another or the border, or None where no room was found."
     placed = []
-    for thing in things:
-        reach = thing.radius * REACH[thing.shape] + .01
-        for _ in range(30):
-            middle = np.array([MIDDLES[i] for i in rng.integers(3, size=2)])
-            x, y = rng.uniform(np.maximum(middle - STRAY, reach), np.minimum(middle + STRAY, 1 - reach)).tolist()
-            if all(math.hypot(x - o.x, y - o.y) > reach + o.radius * REACH[o.shape] + .02 for o in placed):
-                placed.append(replace(thing, x=x, y=y))
-                break
-        else:
+    for thing, cell in zip(things, draw_cells(len(things), rng)):
+        reach, middle = thing.radius * REACH[thing.shape] + .01, np.array(MIDDLES)[cell]
+        x, y = rng.uniform(np.maximum(middle - STRAY, reach), np.minimum(middle + STRAY, 1 - reach)).tolist()
+        if any(math.hypot(x - o.x, y - o.y) <= reach + o.radius * REACH[o.shape] + .02 for o in placed):
             return None
+        placed.append(replace(thing, x=x, y=y))
     return tuple(placed)
 
 # %% ../nbs/07_scenes.ipynb #123629fe
@@ -210,7 +216,7 @@ def draw_scene(
     tone = str(rng.choice(list(TONES)))
     texture = str(rng.choice(TEXTURES, p=[.7, .1, .1, .1]))
     level = TONES[tone] + rng.uniform(-.02, .02)
-    contrast = 0. if texture == 'plain' else rng.uniform(.14, .2) * (-1 if tone == 'white' else 1)
+    contrast = 0. if texture == 'plain' else rng.uniform(.14, .2)
     return Scene(things, tone, texture, level, contrast)
 
 # %% ../nbs/07_scenes.ipynb #35f62a3e
@@ -253,6 +259,14 @@ def relation(
     return found
 
 # %% ../nbs/07_scenes.ipynb #432b21a1
+def facing(
+    a: Thing,  # or anything with x and y
+    b: Thing,
+) -> bool:
+    "Whether the middle between two things is that of the picture."
+    return abs(a.x + b.x - 1) < .15 and abs(a.y + b.y - 1) < .15
+
+
 def noun(
     thing: Thing,
     size: bool = False,  # name the size
@@ -266,11 +280,20 @@ def noun(
     return ' '.join([first, colour, shape, *(place_words(thing) if place else ())])
 
 
+def reading_order(
+    things: tuple,  # of Thing
+) -> list:  # the same things
+    "Things row by row, each row from the left."
+    def cell(thing): return [words.index(word) for words, word in zip((ROWS, COLUMNS), place_words(thing))]
+
+    return sorted(things, key=cell)
+
+
 def plain_caption(
     scene: Scene,  # what is described
 ) -> str:
-    "The one caption that a scene always has: what is where, from left to right."
-    return ', '.join(noun(thing) for thing in sorted(scene.things, key=lambda thing: thing.x))
+    "The one caption that a scene always has: what is where, in reading order."
+    return ', '.join(map(noun, reading_order(scene.things)))
 
 # %% ../nbs/07_scenes.ipynb #f85e4810
 def loose_caption(
@@ -279,11 +302,11 @@ def loose_caption(
     split: str = 'train',  # one of SPLITS, the scene's own
 ) -> str:
     "One caption of many, of at most 15 words."
-    things, rare = sorted(scene.things, key=lambda thing: thing.x), HELD_OUT if split == 'held_out' else ()
+    things, rare = reading_order(scene.things), HELD_OUT if split == 'held_out' else ()
     if rng.random() < .3:
         things = [things[i] for i in rng.permutation(len(things))]
-    said = relation(*things) if len(things) == 2 and rng.random() < .2 else ()
-    sized, left_out = rng.random() < .3, str(rng.choice(['colour', 'shape', ''], p=[.05, .05, .9]))
+    said = relation(*things) if len(things) == 2 and facing(*things) and rng.random() < .5 else ()
+    sized, left_out = rng.random() < .3, str(rng.choice(['colour', 'shape', ''], p=[.02, .05, .93]))
     nouns = [noun(o, sized, place=not said, **{left_out: (o.shape, o.colour) in rare} if left_out else {})
              for o in things]
     if said:
@@ -534,7 +557,7 @@ def shows(
     return agrees(parse(text), *read(image))
 
 # %% ../nbs/07_scenes.ipynb #46155797
-VERSION = 2  # goes up when a seed comes to mean another picture or other captions
+VERSION = 3  # goes up when a seed comes to mean another picture or other captions
 ENCODINGS = {'png': {'format': 'PNG'}, 'jpg': {'format': 'JPEG', 'quality': 95, 'subsampling': 0}}
 
 

@@ -138,8 +138,8 @@ class FlowStage(Stage):
         self.trained = FlowTok(run.config)
         self.tokenizer = self.earlier(ImageTokenizer(run.config), 'tokenizer')
         self.objective = ObjectiveConfig(
-            r.time_sampling, r.p_start, r.indicator_probability, kl_weight=r.kl_weight, align_weight=r.align_weight,
-            source_noise=r.source_noise)
+            r.time_sampling, r.p_start, r.time_power, r.indicator_probability, kl_weight=r.kl_weight,
+            align_weight=r.align_weight, source_noise=r.source_noise)
         self.from_text = run.stage == 'text-to-image'
         self.weights = self.objective.weights if self.from_text else {'flow': 1.}
         if not self.from_text:
@@ -163,13 +163,17 @@ class FlowStage(Stage):
         if not self.from_text:
             return None
         start = self.trained.project(self.features(ids))
-        z = start.mean + self.run.config.text.temperature * start.std * torch.randn_like(start.mean)
-        return self.tokenizer.decode(self.tokenizer.from_flow(sample(self.trained.velocity, z)))
+        how = self.run.config.sampling
+        z = start.mean + how.temperature * start.std * torch.randn_like(start.mean)
+        z = sample(self.trained.velocity, z, num_inference_steps=how.steps, guidance_scale=how.guidance)
+        return self.tokenizer.decode(self.tokenizer.from_flow(z))
 
     def captions(self, moments: Tensor, ids: Tensor) -> list[str] | None:
         if self.from_text:
             return None
-        z = sample(self.trained.velocity, self.image_tokens(moments))
+        how = self.run.config.sampling
+        z = sample(self.trained.velocity, self.image_tokens(moments), num_inference_steps=how.caption_steps,
+                   guidance_scale=how.caption_guidance)
         return self.text_encoder.decode_ids(self.text.decoder(z).argmax(-1))
 
 # %% ../nbs/09_train.ipynb #2ad47004

@@ -50,7 +50,7 @@ def test_temperature_scales_what_the_draw_decides(pipe):
         return pipe(prompts, 2, generator=torch.Generator().manual_seed(seed), output_type='tokens', temperature=temperature)
     assert torch.equal(run(0, 0.), run(1, 0.))
     near, far = ((run(0, t) - run(1, t)).square().mean() for t in (.1, 1.))
-    assert 0 < near < far and torch.equal(run(0), run(0, pipe.config.text.temperature))
+    assert 0 < near < far and torch.equal(run(0), run(0, pipe.config.sampling.temperature))
 
 
 def test_save_and_load_give_the_same(pipe, tmp_path):
