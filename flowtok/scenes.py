@@ -190,7 +190,7 @@ def place(things: list, rng: np.random.Generator) -> tuple | None:
     for thing, cell in zip(things, draw_cells(len(things), rng)):
         reach, middle = thing.radius * REACH[thing.shape] + .01, np.array(MIDDLES)[cell]
         x, y = rng.uniform(np.maximum(middle - STRAY, reach), np.minimum(middle + STRAY, 1 - reach)).tolist()
-        if any(math.hypot(x - o.x, y - o.y) <= reach + o.radius * REACH[o.shape] + .02 for o in placed):
+        if any(math.hypot(x - o.x, y - o.y) <= reach + o.radius * REACH[o.shape] + .04 for o in placed):
             return None
         placed.append(replace(thing, x=x, y=y))
     return tuple(placed)

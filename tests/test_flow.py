@@ -114,6 +114,8 @@ def test_mixture_puts_its_share_at_zero():
     t = sample_time(20_000, 'mixture', p_start=0.3, generator=generator)
     assert abs((t == 0).float().mean() - 0.3) < 0.02 and abs(t[t > 0].mean() - 0.5) < 0.02
     assert (sample_time(9, 'mixture', p_start=1., generator=generator) == 0).all()
+    cubes = sample_time(20_000, 'mixture', p_start=0., power=3., generator=generator)
+    assert abs((cubes < 0.001).float().mean() - 0.1) < 0.02 and cubes.max() <= 1      # u < 0.1
 
 
 @pytest.mark.parametrize('kind', time_kinds)
