@@ -121,6 +121,7 @@ class SamplingConfig:
     temperature: float = 1.  # by which the noise of a caption's tokens is multiplied
     caption_steps: int = 20  # of the solver, from a picture to a caption
     caption_guidance: float = 2.
+    schedule: str = 'uniform'  # of the steps: 'uniform', or 'released' as in the authors' code
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FLOWTOK_NAMES', 'SIDE_NAMES', 'BLOCK_NAMES', 'ENCODER_NAMES', 'DECODER_NAMES', 'SUFFIXES', 'TOKEN_BUFFERS',
-           'KNOWN_HEADS', 'ROPE_KEYS', 'RELEASED_FILES', 'FIRST_CHOICE', 'tokenizer_names', 'rename', 'read_state',
-           'released_shape', 'listed', 'check_entries', 'build_model', 'find_heads', 'read_sizes', 'count_layers',
-           'flowtok_config', 'tokenizer_config', 'check_rotary', 'offline_sentence', 'find_weights', 'is_own',
-           'own_config', 'load_flowtok', 'read_tokenizer', 'load_tokenizer', 'write_whole', 'model_card', 'convert',
-           'main']
+           'KNOWN_HEADS', 'ROPE_KEYS', 'RELEASED_REPO', 'RELEASED_FILES', 'FIRST_CHOICE', 'VARIANTS', 'CLIP_FILE',
+           'CLIP_REPO', 'tokenizer_names', 'rename', 'read_state', 'released_shape', 'listed', 'check_entries',
+           'build_model', 'find_heads', 'read_sizes', 'count_layers', 'flowtok_config', 'tokenizer_config',
+           'check_rotary', 'offline_sentence', 'find_weights', 'is_own', 'own_config', 'load_flowtok', 'read_tokenizer',
+           'load_tokenizer', 'released_files', 'released_pipeline', 'write_whole', 'model_card', 'convert', 'main']
 
 # %% ../nbs/13_pretrained.ipynb #e9c1050a
 import argparse
@@ -23,9 +23,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .config import FlowConfig, FlowTokConfig, TextConfig, TokenizerConfig, from_json, presets, to_json
+from .config import (FlowConfig, FlowTokConfig, SamplingConfig, TextConfig, TokenizerConfig, from_json, presets,
+                            to_json)
 from .layers import RotaryTables, grid_coordinates, rope_angles
 from .model import FlowTok, save_weights
+from .pipeline import FlowTokPipeline
+from .text import find_clip
 from .tokenizer import ImageTokenizer
 
 # %% ../nbs/13_pretrained.ipynb #32e570fb
@@ -293,10 +296,10 @@ def check_rotary(
                              f"the {side}'s sizes.")
 
 # %% ../nbs/13_pretrained.ipynb #c9a4e647
-RELEASED_FILES = {'turkeyju/FlowTok': {'FlowTok-XL.pth': 698_083_905, 'FlowTok-H.pth': 1_092_095_553,
-                                       'FlowTiTok_512.bin': 390_113_364}}  # numbers in each
-FIRST_CHOICE = {('turkeyju/FlowTok', FlowTok): 'FlowTok-XL.pth',
-                ('turkeyju/FlowTok', ImageTokenizer): 'FlowTiTok_512.bin'}
+RELEASED_REPO = 'turkeyju/FlowTok'
+RELEASED_FILES = {RELEASED_REPO: {'FlowTok-XL.pth': 698_083_905, 'FlowTok-H.pth': 1_092_095_553,
+                                  'FlowTiTok_512.bin': 390_113_364}}  # numbers in each
+FIRST_CHOICE = {(RELEASED_REPO, FlowTok): 'FlowTok-XL.pth', (RELEASED_REPO, ImageTokenizer): 'FlowTiTok_512.bin'}
 
 
 def offline_sentence(
@@ -426,6 +429,49 @@ def load_tokenizer(
     "An image tokenizer with released weights, or with our own."
     path = find_weights(path_or_hub_id, ImageTokenizer)
     return read_tokenizer(path, image_size, encoder_heads, decoder_heads)[0]
+
+# %% ../nbs/13_pretrained.ipynb #95947c9f
+VARIANTS = {'xl': 'FlowTok-XL.pth', 'h': 'FlowTok-H.pth'}
+CLIP_FILE, CLIP_REPO = 'open_clip_model.safetensors', 'timm/vit_large_patch14_clip_336.openai'
+
+
+def released_files(
+    source: str | Path,  # a folder that holds the files, or 'turkeyju/FlowTok'
+    variant: str,  # of VARIANTS
+    clip: str | Path | None,  # weights of CLIP's text tower, None for those in the folder or on the hub
+) -> tuple[Path, Path, Path]:  # of the flow, the tokenizer and CLIP
+    "The three files of a released pipeline, downloaded if need be; one sentence about all of them where one is missing."
+    if variant not in VARIANTS:
+        raise ValueError(f"Variant {variant!r} is unknown: choose one of {', '.join(VARIANTS)}.")
+    folder, wanted = Path(source), (VARIANTS[variant], FIRST_CHOICE[RELEASED_REPO, ImageTokenizer])
+    beside = folder / CLIP_FILE
+    try:
+        flow, tokenizer = (find_weights(folder / file if folder.is_dir() else f'{source}/{file}', FlowTok) for file in wanted)
+        return flow, tokenizer, find_clip(clip or (beside if beside.is_file() else 'openai'))
+    except FileNotFoundError as error:
+        sizes = ' and '.join(f'{file} ({4 * RELEASED_FILES[RELEASED_REPO][file] / 1e9:.1f} GB in float32)' for file in wanted)
+        raise FileNotFoundError(
+            f"This pipeline needs three files: {sizes} from https://huggingface.co/{RELEASED_REPO}, and {CLIP_FILE} (1.7 GB) from "
+            f"https://huggingface.co/{CLIP_REPO}. Download them where there is a network, put them into one folder, and "
+            f"give its path in the place of {str(source)!r}. What was missing: {error}") from None
+
+
+def released_pipeline(
+    source: str | Path | None = None,  # as `released_files`; None for 'turkeyju/FlowTok'
+    variant: str = 'xl',  # of VARIANTS
+    clip: str | Path | None = None,  # as `released_files`
+    *,
+    image_size: int | None = None,  # of `load_tokenizer`
+    encoder_heads: int | None = None,
+    decoder_heads: int | None = None,
+    **heads: int | None,  # of `load_flowtok`
+) -> FlowTokPipeline:  # that draws, with the authors' schedule
+    "A pipeline of the authors' files."
+    files = released_files(source or RELEASED_REPO, variant, clip)
+    flow = load_flowtok(files[0], **heads)
+    tokenizer, of_tokenizer = read_tokenizer(files[1], image_size, encoder_heads, decoder_heads)
+    config = replace(flow.config, tokenizer=of_tokenizer.tokenizer, sampling=SamplingConfig(schedule='released'))
+    return FlowTokPipeline(config, files[2], tokenizer=tokenizer, text_to_image=flow)
 
 # %% ../nbs/13_pretrained.ipynb #b3cced9b
 def write_whole(path: Path, text: str):

@@ -204,5 +204,5 @@ def test_package_says_what_settings_say():
 
 def test_entry_points_lead_somewhere():
     points = importlib.metadata.distribution('flowtok').entry_points
-    assert {'console_scripts', 'papermill.io'} == {p.group for p in points}
+    assert {'console_scripts', 'papermill.io', 'flowtok.pipelines'} == {p.group for p in points}
     for p in points: p.load()

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from flowtok.config import TokenizerConfig, from_json, preset
 from flowtok.flow import sample
 from flowtok.model import FlowTok
-from flowtok.pipeline import embedded_weights
+from flowtok.pipeline import FlowTokPipeline, embedded_weights
 from flowtok.pretrained import (FLOWTOK_NAMES, KNOWN_HEADS, TOKEN_BUFFERS, convert, flowtok_config, load_flowtok,
-                                load_tokenizer, read_state, released_shape, rename, tokenizer_config, tokenizer_names)
+                                load_tokenizer, read_state, released_pipeline, released_shape, rename, tokenizer_config,
+                                tokenizer_names)
+from flowtok.text import text_encoder
 from flowtok.tokenizer import ImageTokenizer
 
 goldens = Path(__file__).parent / 'goldens'
@@ -340,6 +343,59 @@ def test_from_the_hub(hub, tmp_path):
     folder = convert(flow_file, tmp_path, **heads)
     hub |= {('me/ours', name): folder / name for name in ('model.safetensors', 'config.json')}
     assert load_flowtok('me/ours').config.flow.heads == 4
+
+
+@pytest.fixture
+def released(tmp_path, monkeypatch):
+    "A folder with the three files of a released pipeline, all of them small."
+    import open_clip
+    text = flowtok_config(read_state(flow_file), 'nano.pth', **heads).text
+    sizes = dict(context_length=text.length, vocab_size=text.vocab_size, width=text.width, heads=4, layers=1)
+    monkeypatch.setattr(open_clip, 'get_model_config', lambda name: {'text_cfg': sizes})
+    write(read_state(flow_file), tmp_path / 'FlowTok-XL.pth')
+    shutil.copy(goldens / 'flowtitok_nano64' / 'FlowTiTok_nano.bin', tmp_path / 'FlowTiTok_512.bin')
+    save_file(text_encoder(text).tower.state_dict(), tmp_path / 'open_clip_model.safetensors')
+    return tmp_path
+
+
+@torch.no_grad()
+def test_three_released_files_make_a_pipeline(released):
+    pipe = released_pipeline(released, 'xl', **heads, **token_heads('flowtitok_nano64'))
+    assert pipe.parts.keys() == {'tokenizer', 'text-to-image'} and pipe.config.sampling.schedule == 'released'
+    tokens = pipe('a photo of a cat', output_type='tokens', temperature=0.)
+    features = pipe.text_encoder(pipe.text_encoder.tokenize('a photo of a cat'))
+    flow = load_flowtok(flow_file, **heads)
+    end = sample(flow.velocity, flow.project(features).mean, schedule='released')
+    assert torch.equal(tokens, end) and not torch.allclose(sample(flow.velocity, flow.project(features).mean), end)
+    image = load_tokenizer(released / 'FlowTiTok_512.bin', **token_heads('flowtitok_nano64')).decode(end / 1.0143, features)
+    assert torch.allclose(pipe('a photo of a cat', output_type='pt', temperature=0.), image, atol=1e-5)
+    with pytest.raises(RuntimeError, match='no weights for text, image-to-text'):
+        pipe.caption(image)
+    pipe.save_pretrained(released / 'ours', dtype=None)
+    again = FlowTokPipeline.from_pretrained(released / 'ours', released / 'open_clip_model.safetensors')
+    assert torch.equal(again('a photo of a cat', output_type='tokens', temperature=0.), end)
+
+
+def test_the_variant_reaches_the_released_files(released):
+    with pytest.raises(ValueError, match='give projector_num_heads'):  # read as far as widths that are nobody's
+        FlowTokPipeline.from_pretrained(released, variant='xl')
+    with pytest.raises(ValueError, match="Variant 'xxl' is unknown: choose one of xl, h"):
+        FlowTokPipeline.from_pretrained(released, variant='xxl')
+
+
+@pytest.mark.parametrize('missing', ['FlowTok-XL.pth', 'FlowTiTok_512.bin', 'open_clip_model.safetensors', 'all'])
+def test_a_pipeline_without_its_files_names_the_three(released, hub, missing, monkeypatch):
+    import open_clip
+
+    def offline(*args): raise OSError('offline')
+    monkeypatch.setattr(open_clip, 'download_pretrained', offline)
+    if missing != 'all':
+        (released / missing).unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        FlowTokPipeline.from_pretrained('turkeyju/FlowTok' if missing == 'all' else released, variant='xl')
+    for words in ('three files: FlowTok-XL.pth (2.8 GB', 'FlowTiTok_512.bin (1.6 GB', 'open_clip_model.safetensors (1.7 GB)',
+                  'put them into one folder'):
+        assert words in str(error.value)
 
 
 @pytest.mark.parametrize('name', ['nothing.pth', 'weights/nothing.pth', './a/b', '/a/b/c', 'word'])

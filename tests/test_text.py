@@ -146,6 +146,38 @@ def test_clip_weights_from_a_file(small, tmp_path, prefix):
         assert torch.equal(ClipTextEncoder(small, str(tmp_path / name))(ids), source(ids))
 
 
+@pytest.mark.parametrize('whole', [False, True])
+def test_transformers_gives_the_same_features(small, tmp_path, whole):
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+    sizes = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=3, intermediate_size=128, vocab_size=49408,
+                 max_position_embeddings=77, hidden_act='quick_gelu')
+    pictures = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64, image_size=28, patch_size=14)
+    theirs = CLIPModel(CLIPConfig(text_config=sizes, vision_config=pictures)) if whole else CLIPTextModel(CLIPTextConfig(**sizes))
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.2)
+    theirs.eval().save_pretrained(tmp_path)
+    clip = ClipTextEncoder(small, tmp_path)
+    ids = clip.tokenize(['a photo of a cat', 'two cats'])
+    with torch.no_grad():
+        wanted = (theirs.text_model if whole else theirs)(ids).last_hidden_state
+    assert (clip(ids) - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
+    assert torch.equal(ClipTextEncoder(small, tmp_path / 'model.safetensors')(ids), clip(ids))
+
+
+@torch.no_grad()
+def test_the_real_tower_written_out_and_by_transformers(tmp_path):
+    "ViT-L-14-336 at its full size, random weights."
+    from transformers import CLIPTextConfig, CLIPTextModel
+    theirs = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, hidden_act='quick_gelu')).eval()
+    theirs.save_pretrained(tmp_path)
+    clip = ClipTextEncoder(TextConfig(), tmp_path)
+    ids = clip.tokenize(['a photo of a cat'])
+    features = clip(ids)
+    assert features.shape == (1, 77, 768) and sum(p.numel() for p in clip.tower.parameters()) == 123_060_480
+    for wanted in (written_out(clip.tower, ids, lambda x: x * torch.sigmoid(1.702 * x)), theirs(ids).last_hidden_state):
+        assert (features - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
+
+
 def test_clip_weights_that_are_none(small, tmp_path, monkeypatch):
     import open_clip
     save_file({'embed.weight': torch.zeros(2)}, tmp_path / 'other.safetensors')
