@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONTROLS', 'SCORES', 'accuracy_interval', 'scene_prompts', 'caption_kind', 'count_right', 'text_to_image_scores',
-           'image_to_text_scores', 'gaussian_statistics', 'matrix_factor', 'frechet_distance', 'random_conv_features',
-           'image_fid', 'psnr', 'missing_scores', 'split_words', 'score_captions', 'caption_scores']
+           'reconstruction_scores', 'image_to_text_scores', 'gaussian_statistics', 'matrix_factor', 'frechet_distance',
+           'random_conv_features', 'image_fid', 'psnr', 'missing_scores', 'split_words', 'score_captions',
+           'caption_scores']
 
 # %% ../nbs/11_metrics.ipynb #1d286372
 import importlib.util
@@ -95,6 +96,21 @@ def text_to_image_scores(
               'noise tokens, right text': (noise, features), 'right tokens, wrong text': (tokens, features.roll(1, 0))}
     decoded = {name: pipe.tokenizer.decode(pipe.tokenizer.from_flow(inputs[name][0]), inputs[name][1]) for name in controls}
     return {name: count_right(images, prompts) for name, images in decoded.items()}
+
+
+@torch.no_grad()
+def reconstruction_scores(
+    pipe,  # flowtok.pipeline.FlowTokPipeline of the embedded scenes
+    split: str,  # 'seen' or 'held_out'
+    n: int = 500,  # pictures
+) -> dict[str, float]:  # 'right' pictures, and the mean 'psnr' in dB
+    "What the tokenizer does alone: pictures that went through their tokens, decoded without text, out of `n`."
+    from flowtok.data import to_images
+    from flowtok.scenes import render
+    scenes, said = scene_prompts(split, n)
+    images = to_images(np.stack([render(scene, pipe.config.tokenizer.image_size) for scene in scenes]))
+    decoded = pipe.tokenizer.decode(pipe.tokenizer.encode(images.to(pipe.device)).mean).cpu()
+    return {'right': count_right(decoded, [five[0] for five in said]), 'psnr': psnr(decoded, images)}
 
 
 def image_to_text_scores(

@@ -1,5 +1,4 @@
 "FlowTok: the authors' numbers, the sizes, the start of training, and what the network can be asked."
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,16 +14,6 @@ from flowtok.objective import ObjectiveConfig, alignment_loss, flow_matching_los
 from flowtok.pretrained import FLOWTOK_NAMES, rename
 
 goldens = Path(__file__).parent / 'goldens' / 'flowtok_nano'
-
-
-@pytest.fixture(scope='module')
-def golden():
-    return load_file(goldens / 'golden.safetensors')
-
-
-@pytest.fixture(scope='module')
-def described():
-    return json.loads((goldens / 'golden.json').read_text())
 
 
 @pytest.fixture(scope='module')

@@ -1,11 +1,13 @@
 """Every run notebook at smoke size, through papermill, as a user starts it."""
-import json
 import subprocess
 import sys
 
 import pytest
+import torch
 from readme import root
 
+from flowtok.config import preset, stages
+from flowtok.pipeline import FlowTokPipeline
 from flowtok.results import read_record
 
 smoke = {'train': {}, 'quickstart': {'steps': 4, 'samples': 32, 'num_inference_steps': 2}}
@@ -37,3 +39,14 @@ def test_bad_parameters_end_before_work_starts(words, sentence, tmp_path):
     done = papermill('train', tmp_path, *words)
     assert done.returncode and sentence in done.stderr[-3000:]
     assert not list(tmp_path.glob('*.safetensors'))
+
+
+@pytest.mark.slow
+def test_a_paper_size_trains_draws_and_captions(tmp_path):
+    "FlowTok-B with its ViT-B/ViT-L tokenizer and CLIP's ViT-L tower, random CLIP weights: about ten minutes and 16 GB."
+    done = papermill('train', tmp_path, '-p', 'scale', 'b', '-p', 'steps', '2', '-p', 'batch_size', '2', '-p', 'samples', '8')
+    assert done.returncode == 0, done.stderr[-3000:]
+    pipe = FlowTokPipeline.from_pretrained(tmp_path)
+    assert pipe.parts.keys() == set(stages) and pipe.config == preset('b')
+    picture, = pipe('a red star', num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    assert picture.size == (256, 256) and isinstance(pipe.caption(picture, num_inference_steps=2)[0], str)

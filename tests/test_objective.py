@@ -1,6 +1,5 @@
 "The objective's terms: definitions written out a second time, every ablation, and the numbers of the authors' code."
 import itertools
-import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,16 +17,6 @@ from flowtok.objective import (ObjectiveConfig, TokenizerObjectiveConfig, align_
                                released_kl_loss, text_to_image_terms, tokenizer_terms, total)
 
 goldens = Path(__file__).parent / 'goldens' / 'flowtok_nano'
-
-
-@pytest.fixture(scope='module')
-def golden():
-    return load_file(goldens / 'golden.safetensors')
-
-
-@pytest.fixture(scope='module')
-def described():
-    return json.loads((goldens / 'golden.json').read_text())
 
 
 class Model(nn.Module):
