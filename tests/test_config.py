@@ -113,4 +113,6 @@ def test_words():
 
 def test_defaults_are_the_papers():
     assert replace(FlowTokConfig('b')) == preset('b')
-    assert {f.name for f in fields(FlowTokConfig)} == {'name', 'tokenizer', 'text', 'flow'}
+    assert {f.name for f in fields(FlowTokConfig)} == {'name', 'tokenizer', 'text', 'flow', 'sampling'}
+    assert asdict(preset('xl').sampling) == dict(steps=20, guidance=2., temperature=1., caption_steps=20, caption_guidance=2.,
+                                                 schedule='uniform')
