@@ -65,7 +65,7 @@ def caption_kind(
         return 'shapes left open'
     return ('one thing', 'two things', 'three things')[len(claims.things) - 1]
 
-
+# %% ../nbs/11_metrics.ipynb #626ab74f
 def count_right(
     images: torch.Tensor,  # (n, 3, h, w) in [0, 1]
     prompts: list[str],  # what each should show
@@ -97,7 +97,7 @@ def text_to_image_scores(
     decoded = {name: pipe.tokenizer.decode(pipe.tokenizer.from_flow(inputs[name][0]), inputs[name][1]) for name in controls}
     return {name: count_right(images, prompts) for name, images in decoded.items()}
 
-
+# %% ../nbs/11_metrics.ipynb #6d7ec355
 @torch.no_grad()
 def reconstruction_scores(
     pipe,  # flowtok.pipeline.FlowTokPipeline of the embedded scenes

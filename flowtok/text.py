@@ -122,7 +122,7 @@ def find_clip(
                                 "or a file or folder of transformers'.")
     return path
 
-
+# %% ../nbs/04_text.ipynb #0beb82bd
 transformers_names = {
     'embeddings.token_embedding.weight': 'token_embedding.weight',
     'embeddings.position_embedding.weight': 'positional_embedding', 'final_layer_norm': 'ln_final',
@@ -150,7 +150,7 @@ def from_transformers(
         found[name] = x
     return found
 
-
+# %% ../nbs/04_text.ipynb #941b5341
 def load_clip(
     tower: nn.Module,  # of `clip_tower`, filled in place
     pretrained: str | Path,  # as `find_clip`
