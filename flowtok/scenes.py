@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'HUES', 'COLOURS', 'SIZES', 'TONES', 'TEXTURES', 'REACH', 'TILT', 'PERIOD', 'SPLITS', 'PAIRS', 'HELD_OUT',
-           'MIDDLES', 'STRAY', 'FACING', 'ROWS', 'COLUMNS', 'CUTS', 'RELATIONS', 'WORDS', 'NOUN', 'LINK', 'GROUND',
-           'SENTENCE', 'MEAN_AREA', 'AREA', 'WINDOW', 'MAX_ERROR', 'VERSION', 'ENCODINGS', 'Thing', 'Scene',
+           'MIDDLES', 'STRAY', 'ANYWHERE', 'FACING', 'ROWS', 'COLUMNS', 'CUTS', 'RELATIONS', 'WORDS', 'NOUN', 'LINK',
+           'GROUND', 'SENTENCE', 'MEAN_AREA', 'AREA', 'WINDOW', 'MAX_ERROR', 'VERSION', 'ENCODINGS', 'Thing', 'Scene',
            'shape_distance', 'coverage', 'texture_pattern', 'whole_number', 'render', 'random_numbers', 'paint',
            'draw_thing', 'draw_cells', 'place', 'draw_scene', 'place_words', 'is_at', 'relation', 'facing', 'noun',
            'reading_order', 'plain_caption', 'loose_caption', 'captions', 'Claims', 'any_of', 'parse', 'agrees',
@@ -171,7 +171,8 @@ def draw_thing(pairs: list, rng: np.random.Generator) -> Thing:
     return Thing(size=size, radius=SIZES[size] * rng.uniform(.95, 1.05), **paint(shape, colour, rng))
 
 
-MIDDLES, STRAY = (.24, .5, .76), .03  # of the three rows and columns, and how far from them a thing may lie
+MIDDLES, STRAY = (.24, .5, .76), (.03, .13)  # of the three rows and columns, and how far from them things may lie
+ANYWHERE = .25  # share of the scenes with the larger way to stray: the fields meet, so any place can be drawn
 FACING = .15  # share of the pairs that face each other across the middle
 
 
@@ -186,10 +187,10 @@ def draw_cells(n: int, rng: np.random.Generator) -> np.ndarray:
 
 def place(things: list, rng: np.random.Generator) -> tuple | None:
     "The things at places where none comes near another or the border, or None where no room was found."
-    placed = []
+    placed, stray = [], STRAY[int(rng.random() < ANYWHERE)]
     for thing, cell in zip(things, draw_cells(len(things), rng)):
         reach, middle = thing.radius * REACH[thing.shape] + .01, np.array(MIDDLES)[cell]
-        x, y = rng.uniform(np.maximum(middle - STRAY, reach), np.minimum(middle + STRAY, 1 - reach)).tolist()
+        x, y = rng.uniform(np.maximum(middle - stray, reach), np.minimum(middle + stray, 1 - reach)).tolist()
         if any(math.hypot(x - o.x, y - o.y) <= reach + o.radius * REACH[o.shape] + .04 for o in placed):
             return None
         placed.append(replace(thing, x=x, y=y))
@@ -557,7 +558,7 @@ def shows(
     return agrees(parse(text), *read(image))
 
 # %% ../nbs/07_scenes.ipynb #46155797
-VERSION = 3  # goes up when a seed comes to mean another picture or other captions
+VERSION = 4  # goes up when a seed comes to mean another picture or other captions
 ENCODINGS = {'png': {'format': 'PNG'}, 'jpg': {'format': 'JPEG', 'quality': 95, 'subsampling': 0}}
 
 
