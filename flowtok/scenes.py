@@ -172,7 +172,7 @@ def draw_thing(pairs: list, rng: np.random.Generator) -> Thing:
 
 
 MIDDLES, STRAY = (.24, .5, .76), (.03, .13)  # of the three rows and columns, and how far from them things may lie
-ANYWHERE = .25  # share of the scenes with the larger way to stray: the fields meet, so any place can be drawn
+ANYWHERE = .1  # share of the scenes with the larger way to stray: the fields meet, so any place can be drawn
 FACING = .15  # share of the pairs that face each other across the middle
 
 
