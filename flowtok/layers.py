@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .flow import Share, draw
+
 # %% ../nbs/02_layers.ipynb #35e7fe9b
 class DiagonalGaussian:
     "A Gaussian whose entries are independent, given by mean and log-variance."
@@ -41,11 +43,10 @@ class DiagonalGaussian:
 
     def sample(
         self,
-        generator: torch.Generator | None = None,  # source of randomness; the noise is drawn on its device
+        generator: torch.Generator | Share | None = None,  # source of randomness; the noise is drawn on its device
     ) -> Tensor:  # (b, k, d)
         "A draw, through which gradients reach mean and log-variance."
-        device = self.mean.device if generator is None else generator.device
-        return self.mean + self.std * torch.randn(self.mean.shape, generator=generator, device=device).to(self.mean)
+        return self.mean + self.std * draw(torch.randn, self.mean.shape, generator, self.mean.device).to(self.mean)
 
     def kl(self) -> Tensor:  # in nats, at least 0, (b,)
         "Divergence from N(0, I), summed over the tokens and channels of each sample."

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .flow import (draw, draw_indicator, exchange_targets, interpolate, sample_time, time_kinds,
+from .flow import (Share, as_share, draw, draw_indicator, exchange_targets, interpolate, sample_time, time_kinds,
                           velocity_target)
 
 # %% ../nbs/06_objective.ipynb #9fac7feb
@@ -74,7 +74,7 @@ def alignment_loss(
     temperature: Tensor,  # learned tau, the logarithm of the contrastive scale, ()
     kind: str = 'contrastive',  # one of `align_losses`
     margin: float = 0.5,  # cosine: similarity that is enough, in (-1, 1]
-) -> Tensor:  # mean over the batch of this device, ()
+) -> Tensor:  # mean over the batch, ()
     "How badly the latents match the targets that were made from the same text."
     if kind not in align_losses:
         raise ValueError(f"Alignment loss {kind!r} is unknown: choose one of {', '.join(align_losses)}.")
@@ -102,6 +102,7 @@ class ObjectiveConfig:
     margin: float = 0.5  # cosine: similarity that is enough
     sigma_min: float = 0.  # share of x0 left at t = 1
     source_noise: float = 0.  # standard deviation of noise added to x0
+    gather: bool = True  # compare the samples of all processes, not only of one as the authors do
 
     def __post_init__(self):
         for name, good in (('time_sampling', time_kinds), ('kl', kl_losses), ('align_target', align_targets),
@@ -127,7 +128,7 @@ def flow_terms(
     x1: Tensor,  # target tokens, (b, k, d)
     *,
     objective: ObjectiveConfig = ObjectiveConfig(),  # the choices above
-    generator: torch.Generator | None = None,  # source of randomness
+    generator: torch.Generator | Share | None = None,  # source of randomness
 ) -> dict[str, Tensor]:  # flow (b,), and for the log: t (b,), indicator (b,), source_std ()
     "The flow term of a batch, one code path for both directions."
     b, device = len(x0), x0.device
@@ -136,8 +137,13 @@ def flow_terms(
         x0 = x0 + objective.source_noise * draw(torch.randn, x0.shape, generator, device)
     t = sample_time(b, objective.time_sampling, p_start=objective.p_start, power=objective.time_power,
                     generator=generator, device=device)
-    indicator = draw_indicator(b, objective.indicator_probability, generator, device)
-    x1 = exchange_targets(x1, indicator)
+    share = as_share(generator)
+    if objective.gather:
+        everyone = draw_indicator(b * share.world_size, objective.indicator_probability, share.generator, device)
+        x1, indicator = share.own(exchange_targets(share.gather(x1), everyone)), share.own(everyone)
+    else:
+        indicator = draw_indicator(b, objective.indicator_probability, generator, device)
+        x1 = exchange_targets(x1, indicator)
     flow = flow_matching_loss(model.velocity, x0, x1, t, indicator, objective.sigma_min)
     return {'flow': flow, 't': t, 'indicator': indicator, 'source_std': source_std}
 
@@ -148,7 +154,7 @@ def text_to_image_terms(
     image_tokens: Tensor,  # a sample of the tokenizer's posterior, scaled, (b, k, d) with k = n
     *,
     objective: ObjectiveConfig = ObjectiveConfig(),  # the choices above
-    generator: torch.Generator | None = None,  # source of randomness
+    generator: torch.Generator | Share | None = None,  # source of randomness
 ) -> dict[str, Tensor]:  # as `flow_terms`, with kl () and align () where their weights are not 0
     "All terms of a batch whose captions become images."
     posterior = model.project(text_features)
@@ -159,6 +165,7 @@ def text_to_image_terms(
     if objective.align_weight:
         pooled = objective.align_target == 'pool'
         target = pool_target(text_features, z.shape[-1]) if pooled else model.alignment_target(text_features)
+        z, target = (as_share(generator).gather(x) if objective.gather else x for x in (z, target))
         terms['align'] = alignment_loss(z, target, model.temperature, objective.align_loss, objective.margin)
     return terms
 
@@ -169,7 +176,7 @@ def image_to_text_terms(
     text_tokens: Tensor,  # a sample of a frozen text projector, (b, n, d) with n = k
     *,
     objective: ObjectiveConfig = ObjectiveConfig(),  # the choices above; kl and align are not used
-    generator: torch.Generator | None = None,  # source of randomness
+    generator: torch.Generator | Share | None = None,  # source of randomness
 ) -> dict[str, Tensor]:  # as `flow_terms`
     "All terms of a batch whose images become captions: the flow alone, the two other weights being 0."
     return flow_terms(model, image_tokens, text_tokens, objective=objective, generator=generator)
@@ -242,7 +249,7 @@ def tokenizer_terms(
     text_features: Tensor | None = None,  # (b, n, c), or None for a batch decoded without text
     *,
     objective: TokenizerObjectiveConfig = TokenizerObjectiveConfig(),  # the choices above
-    generator: torch.Generator | None = None,  # source of randomness
+    generator: torch.Generator | Share | None = None,  # source of randomness
 ) -> dict[str, Tensor]:  # reconstruction (), and kl () where its weight is not 0
     "All terms of a batch of pictures that are encoded, sampled and decoded."
     posterior = tokenizer.encode(images)

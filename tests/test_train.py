@@ -1,18 +1,28 @@
-"""The training engine: optimisers, averages, checkpoints, resuming, two processes."""
+"""The training engine: optimisers, averages, checkpoints, stopping and going on, two processes."""
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from flowtok.config import from_json, preset, recipe, stages
+from flowtok import train as engine
+from flowtok.config import from_json, preset, recipe, stages, to_json
 from flowtok.model import load_weights
 from flowtok.scenes import write_shards
+from flowtok.stages import Run, change_recipe, plan
 from flowtok.text import TextAutoencoder
 from flowtok.tokenizer import ImageTokenizer
-from flowtok.train import (Ema, Log, Run, cache_tokens, launch, make_optimizers, rate_factor, save_state, train,
-                           training_seconds, watch)
+from flowtok.train import (Ema, Log, Stopped, cache_tokens, checkpoints, make_optimizers, newest_state, rate_factor,
+                           save_checkpoint, save_state, train)
+from flowtok.watch import launch, training_seconds, watch
 
 
 @pytest.fixture(scope='module')
@@ -60,12 +70,33 @@ def test_log_forgets_what_a_resumed_run_does_again(tmp_path):
     assert [json.loads(line)['step'] for line in (tmp_path / 'log.jsonl').read_text().splitlines()] == [1, 2]
 
 
-def test_failed_save_keeps_the_old_checkpoint(tmp_path):
+def test_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / 'state.pt'
     save_state(path, step=1)
-    with pytest.raises(OSError, match='The one before is as it was'):
-        save_state(tmp_path / 'missing' / 'state.pt', step=2)
-    assert torch.load(path, weights_only=True) == {'step': 1}
+
+    def full(fd):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError, match=f'{path} could not be written.*The one before is as it was'):
+        save_state(path, step=2)
+    assert torch.load(path, weights_only=True) == {'step': 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(OSError, match='state.pt could not be written'):
+        save_state(tmp_path / 'file' / 'state.pt', step=2)
+
+
+def test_a_broken_checkpoint_is_passed_over(tmp_path, capsys):
+    run = plan('text', out=tmp_path)
+    for step in (1, 2, 3):
+        save_checkpoint(run, step=step)
+    assert [path.name for path in checkpoints(run)] == ['00000002.pt', '00000003.pt']
+    checkpoints(run)[-1].write_bytes(b'PK')
+    assert newest_state(run) == {'step': 2} and '00000003.pt cannot be read' in capsys.readouterr().err
+    assert newest_state(replace(run, resume='never')) is None
 
 
 def test_four_stages_leave_weights(shards, tmp_path):
@@ -74,27 +105,170 @@ def test_four_stages_leave_weights(shards, tmp_path):
         if stage == 'text-to-image':
             cache_tokens(run)
         train(run)
-        assert run.weights.exists() and not (run.folder / 'state.pt').exists()
+        assert run.weights.exists() and not checkpoints(run)
     tokenizer = load_weights(ImageTokenizer(preset('tiny')), tmp_path / 'tokenizer.safetensors')
     assert (tokenizer.token_scale != 1).any()                    # measured
     assert from_json((tmp_path / 'config.json').read_text()) == preset('tiny')
 
 
-def test_resumed_run_goes_on_where_it_was(shards, tmp_path):
-    run = short('text', shards, tmp_path, steps=4)
-    class Stop(Exception):
-        pass
-    import flowtok.train as engine
-    saved, engine.save_state = engine.save_state, lambda path, **state: (saved(path, **state), (_ for _ in ()).throw(Stop))[0]
-    try:
-        with pytest.raises(Stop):
-            train(run)
-    finally:
-        engine.save_state = saved
-    assert torch.load(run.folder / 'state.pt', weights_only=True)['step'] == 2
+def end_at(step, how):
+    "A listener that ends the run when a step is logged."
+    return lambda line: os.kill(os.getpid(), how) if line['step'] == step else None
+
+
+@pytest.mark.parametrize('how', [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_at_once_and_goes_on(how, shards, tmp_path):
+    run = replace(short('text', shards, tmp_path, steps=5), save_every=100)
+    with pytest.raises(Stopped) as stopped:
+        train(run, end_at(3, how))
+    assert stopped.value.code == 128 + how and newest_state(run)['step'] == 3
     train(run)
     steps = [json.loads(line)['step'] for line in (run.folder / 'log.jsonl').read_text().splitlines()]
-    assert steps == [1, 2, 3, 4] and run.weights.exists()
+    assert sorted(set(steps)) == [1, 2, 3, 4, 5] and run.weights.exists() and not checkpoints(run)
+
+
+def test_stages_go_on_to_the_same_weights(shards, tmp_path):
+    for stage in stages:
+        whole, parts = (short(stage, shards, tmp_path / name, steps=5) for name in ('whole', 'parts'))
+        if stage == 'text-to-image':
+            cache_tokens(whole), cache_tokens(parts)
+        train(whole)
+        with pytest.raises(Stopped):
+            train(parts, end_at(3, signal.SIGTERM))
+        train(parts)
+        assert whole.weights.read_bytes() == parts.weights.read_bytes()
+
+
+def start(run):
+    (run.folder).mkdir(parents=True, exist_ok=True)
+    (run.folder / 'run.json').write_text(to_json(run))
+    return subprocess.Popen([sys.executable, '-m', 'flowtok.train', '--config', str(run.folder / 'run.json'), '--processes', '1'],
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {'OMP_NUM_THREADS': '1'})
+
+
+def steps_logged(run):
+    log = run.folder / 'log.jsonl'
+    lines = [line for line in log.read_text().splitlines() if line.endswith('}')] if log.exists() else []
+    return max((json.loads(line)['step'] for line in lines), default=0)
+
+
+def kill_and_go_on(run, kills, seed=0):
+    "Start a run again and again, each time killed at a random moment, and at last let it end."
+    rng = random.Random(seed)
+    for i in range(kills):
+        process, target = start(run), min(run.recipe.steps - 2, (i + 1) * run.recipe.steps // (kills + 1))
+        while process.poll() is None and steps_logged(run) < target:
+            time.sleep(.01)
+        time.sleep(rng.random() / 4)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start(run).wait() == 0
+
+
+@pytest.mark.parametrize('kills, steps', [(3, 40), pytest.param(10, 120, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_the_weights_are_the_same_to_the_bit(kills, steps, shards, tmp_path):
+    whole, killed = (replace(short('text', shards, tmp_path / name, steps=steps), save_every=4, workers=2) for name in ('whole', 'killed'))
+    train(whole)
+    kill_and_go_on(killed, kills)
+    assert whole.weights.read_bytes() == killed.weights.read_bytes()
+    lines = [json.loads(line) for line in (killed.folder / 'log.jsonl').read_text().splitlines()]
+    assert sorted({line['step'] for line in lines}) == list(range(1, steps + 1))
+
+
+def test_two_processes_compute_what_one_does(shards, tmp_path):
+    "Text to image, whose alignment loss and exchanged targets look at the whole batch."
+    one, two = tmp_path / 'one', tmp_path / 'two'
+    train(short('tokenizer', shards, one))
+    two.mkdir()
+    for name in ('tokenizer.safetensors', 'config.json'):
+        (two / name).write_bytes((one / name).read_bytes())
+    ends = []
+    for processes, out in enumerate((one, two), 1):
+        run = short('text-to-image', shards, out, steps=20, optimizer='adamw', precision='fp32', ema=0., learning_rate=1e-4,
+                    indicator_probability=.5)
+        cache_tokens(run)
+        list(launch(run, processes))
+        ends.append(load_file(run.weights))
+    torch.manual_seed(run.seed)
+    first = dict(engine.stage_classes['text-to-image'](run).trained.named_parameters())
+    moved = max((ends[0][name] - p).abs().max().item() for name, p in first.items() if name in ends[0])
+    apart = max((a - ends[1][name]).abs().max().item() for name, a in ends[0].items())
+    assert moved > 1e-3 and apart < 1e-5
+
+
+def test_parts_of_a_batch_add_up(shards, tmp_path):
+    "Captions' cross-entropy without noise in the posterior is a mean over samples, so two halves give the whole."
+    runs = [short('tokenizer', shards, tmp_path / str(parts), steps=1, accumulate=parts, kl_weight=0., ema=0., optimizer='adamw',
+                  precision='fp32', warmup=0, text_drop=1.) for parts in (1, 2)]
+    for run in runs:
+        train(run)
+    a, b = (load_file(run.weights) for run in runs)
+    assert all(torch.allclose(a[name], b[name], atol=1e-2) for name in a)
+
+
+def test_a_step_without_finite_gradients_is_skipped_and_counted(shards, tmp_path, monkeypatch):
+    run, real, calls = short('text', shards, tmp_path, steps=6), engine.total, []
+
+    def total(terms, weights):
+        calls.append(1)
+        return real(terms, weights) * (float('nan') if len(calls) in (3, 4) else 1.)
+
+    monkeypatch.setattr(engine, 'total', total)
+    train(run)
+    lines = [json.loads(line) for line in (run.folder / 'log.jsonl').read_text().splitlines()]
+    assert [line.get('skipped', 0) for line in lines if 'seconds' in line] == [0, 0, 1, 2, 2, 2]
+    assert all(x.isfinite().all() for x in load_file(run.weights).values())
+
+
+def test_steps_that_all_fail_end_the_run_and_keep_the_checkpoint(shards, tmp_path, monkeypatch):
+    run, real, calls = short('text', shards, tmp_path, steps=40), engine.total, []
+
+    def total(terms, weights):
+        calls.append(1)
+        return real(terms, weights) * (float('nan') if len(calls) > 4 else 1.)
+
+    monkeypatch.setattr(engine, 'total', total)
+    with pytest.raises(FloatingPointError, match='10 steps in a row.*The last good checkpoint is .*pt'):
+        train(run)
+    assert all(x.isfinite().all() for x in newest_state(run)['weights'].values())
+
+
+def test_fine_tuning_starts_from_the_averages_of_a_training(shards, tmp_path):
+    first = short('tokenizer', shards, tmp_path / 'first')
+    train(first)
+    second = replace(short('tokenizer', shards, tmp_path / 'second', steps=1, warmup=5), init=first.out)
+    _, stage = engine.begin(second)
+    assert all(torch.equal(stage.trained.state_dict()[name], x) for name, x in load_file(first.weights).items())
+
+
+def test_recipes_can_be_changed_value_by_value():
+    changed = change_recipe(recipe('xl', 'text-to-image'), 'learning_rate=1e-4, accumulate=4 gather=false')
+    assert (changed.learning_rate, changed.accumulate, changed.gather) == (1e-4, 4, False)
+    for wrong, sentence in (('lr=1', "no value 'lr'"), ('warmup=x', 'type int'), ('gather=maybe', 'type bool'), ('betas=1', 'betas')):
+        with pytest.raises(ValueError, match=sentence):
+            change_recipe(changed, wrong)
+
+
+def command(*words, cwd):
+    return subprocess.run([sys.executable, '-m', 'flowtok.train', *words], cwd=cwd, capture_output=True, text=True,
+                          env=os.environ | {'OMP_NUM_THREADS': '1'})
+
+
+def test_the_command_line_trains_and_tells(shards, tmp_path):
+    done = command('--stage', 'text', '--data', shards, '--out', 'run', '--learning-rate', '1e-3', '--tensorboard', cwd=tmp_path)
+    assert done.returncode == 0 and 'step 4 of 4' in done.stdout, done.stderr[-2000:]
+    assert from_json((tmp_path / 'run/text/run.json').read_text(), Run).recipe.learning_rate == 1e-3
+    assert list((tmp_path / 'run/text').rglob('events.out.tfevents*'))
+    done = command('--stage', 'text', '--data', shards, '--out', 'run', cwd=tmp_path)
+    assert done.returncode == 0 and 'nothing to do' in done.stdout
+
+
+@pytest.mark.parametrize('words, sentence', [
+    (('--help',), '--learning-rate'), (('--scale', 'xxl'), 'invalid choice'), (('--stage', 'text', '--data', 'nowhere'), 'No shards at'),
+    (('--changes', 'lr=1'), "no value 'lr'")])
+def test_the_command_line_says_what_is_wrong(words, sentence, tmp_path):
+    done = command(*words, cwd=tmp_path)
+    assert sentence in done.stdout + done.stderr and 'Traceback' not in done.stderr
 
 
 def test_same_seed_same_weights(shards, tmp_path):
@@ -125,15 +299,16 @@ def test_two_stages_side_by_side(shards, tmp_path):
 
 def test_two_processes_stop_and_go_on(shards, tmp_path):
     run = replace(short('text', shards, tmp_path, steps=30), save_every=3)
-    for _ in launch(run, 2):
-        if (run.folder / 'state.pt').exists():
-            break
-    state = torch.load(run.folder / 'state.pt', weights_only=True)
+    for line in launch(run, 2):
+        if line['step'] > 6:
+            break                                                # terminates the processes, which save
+    state = newest_state(run)
     muon, learned = state['optimizers'][0]['state'], TextAutoencoder(preset('tiny')).named_parameters()
     assert len(muon) == sum(p.ndim == 2 and ('blocks.' in name or 'layers.' in name) for name, p in learned)
+    assert state['step'] % 3 or state['step'] > 6
     list(launch(run, 2))
     steps = [json.loads(line)['step'] for line in (run.folder / 'log.jsonl').read_text().splitlines()]
-    assert steps == list(range(1, 31)) and run.weights.exists()
+    assert sorted(set(steps)) == list(range(1, 31)) and run.weights.exists()
 
 
 def test_first_stage_missing_says_what_to_do(shards, tmp_path):
