@@ -144,7 +144,7 @@ presets = {
                    projector_heads=4, projector_hidden=128, projector_dropout=0., align_hidden=128, decoder_depth=2,
                    decoder_width=128, decoder_heads=4),
         FlowConfig(depth=4, width=128, heads=4),
-        SamplingConfig(guidance=1.5, temperature=.2, caption_steps=1)),
+        SamplingConfig(temperature=.2, caption_steps=1)),
     's': FlowTokConfig('s', flow=FlowConfig(12, 384, 6)),
     'b': FlowTokConfig('b', flow=FlowConfig(12, 768, 12)),
     'l': FlowTokConfig('l', flow=FlowConfig(24, 1024, 16)),
