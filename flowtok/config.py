@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORDS', 'presets', 'stages', 'paper_recipes', 'tiny_base', 'tiny_recipes', 'check_heads', 'TokenizerConfig',
            'TextConfig', 'FlowConfig', 'SamplingConfig', 'FlowTokConfig', 'preset', 'to_json', 'build', 'from_json',
-           'Recipe', 'recipe']
+           'check_recipe', 'Recipe', 'recipe']
 
 # %% ../nbs/00_config.ipynb #f6f4197d
 import json
@@ -203,6 +203,26 @@ def from_json(
         raise ValueError(f"The config is not JSON: {error}.") from None
     return build(kind, values, 'The config')
 
+# %% ../nbs/00_config.ipynb #affdf9cf
+def check_recipe(
+    recipe,  # a `Recipe`, below
+):
+    "Refuses what no training could follow."
+    for name, good in (('optimizer', ('adamw', 'muon')), ('schedule', ('constant', 'cosine')),
+                       ('precision', ('fp32', 'bf16'))):
+        if getattr(recipe, name) not in good:
+            raise ValueError(f"{name} {getattr(recipe, name)!r} is unknown: choose one of {', '.join(good)}.")
+    for name, least in (('steps', 0), ('batch_size', 1), ('learning_rate', 0), ('warmup', 0), ('clip', 0),
+                        ('gan_weight', 0), ('gan_start', 0), ('gan_learning_rate', 0)):
+        if not getattr(recipe, name) >= least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(recipe, name)}.")
+    for name in ('final_share', 'ema', 'text_drop'):
+        if not 0 <= getattr(recipe, name) <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {getattr(recipe, name)}.")
+    if recipe.gan_weight and not recipe.gan_learning_rate:
+        raise ValueError(f"A discriminator has to learn: gan_weight {recipe.gan_weight} needs a gan_learning_rate "
+                         "above 0, got 0.")
+
 # %% ../nbs/00_config.ipynb #5e628f80
 stages = ('tokenizer', 'text', 'text-to-image', 'image-to-text')
 
@@ -241,20 +261,7 @@ class Recipe:
     whiten: bool = False  # tokenizer: measure the tokens at the end, so that the flow sees mean 0 and deviation 1
 
     def __post_init__(self):
-        for name, good in (('optimizer', ('adamw', 'muon')), ('schedule', ('constant', 'cosine')),
-                           ('precision', ('fp32', 'bf16'))):
-            if getattr(self, name) not in good:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(good)}.")
-        for name, least in (('steps', 0), ('batch_size', 1), ('learning_rate', 0), ('warmup', 0), ('clip', 0),
-                            ('gan_weight', 0), ('gan_start', 0), ('gan_learning_rate', 0)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        for name in ('final_share', 'ema', 'text_drop'):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
-        if self.gan_weight and not self.gan_learning_rate:
-            raise ValueError(f"A discriminator has to learn: gan_weight {self.gan_weight} needs a gan_learning_rate "
-                             "above 0, got 0.")
+        check_recipe(self)
 
 # %% ../nbs/00_config.ipynb #57422562
 paper_recipes = {
