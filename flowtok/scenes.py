@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import permutations
@@ -577,23 +578,30 @@ def shard_sample(seed: int, split: str, size: int, image_format: str, anywhere: 
             'txt': texts[0].encode(), 'json': json.dumps(facts).encode()}
 
 
-def write_shard(path: Path, seeds: range, split: str, size: int, image_format: str, anywhere: float) -> None:
+def write_shard(
+    path: Path,  # of the tar file; its folder exists
+    samples: Iterable[dict],  # each a __key__, and the bytes of each of its files by their ending
+) -> None:
     "One tar file, under its own name only when it is complete; the same bytes each time."
     from webdataset import TarWriter
     part = path.with_name(f'.{path.name}-{os.getpid()}')
     try:
         with open(part, 'wb') as stream, TarWriter(stream, mtime=0, encoder=False) as tar:
-            for seed in seeds:
-                tar.write(shard_sample(seed, split, size, image_format, anywhere))
+            for sample in samples:
+                tar.write(sample)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 # %% ../nbs/07_scenes.ipynb #d362be83
-def claim_folder(folder: Path, contents: dict) -> None:
-    "Note in scenes.json what a folder is to hold, or find that very note there; else ValueError."
+def claim_folder(
+    folder: Path,  # created when absent
+    contents: dict,  # what it is to hold
+    name: str = 'scenes.json',  # of the note
+) -> None:
+    "Note what a folder is to hold, or find that very note there; else ValueError."
     folder.mkdir(parents=True, exist_ok=True)
-    note, part, wanted = folder / 'scenes.json', folder / f'.scenes.json-{os.getpid()}', json.dumps(contents)
+    note, part, wanted = folder / name, folder / f'.{name}-{os.getpid()}', json.dumps(contents)
     found = note.read_text() if note.exists() else 'shards of something else' if any(folder.glob('*.tar')) else ''
     if found not in ('', wanted):
         raise ValueError(f"Folder {folder} holds {found}, not {wanted}: choose another folder.")
@@ -628,7 +636,7 @@ def write_shards(
         missing = [path for path in shards if not path.exists()]
         with tqdm(total=sum(len(shards[path]) for path in missing), mininterval=1, disable=not progress) as bar:
             for path in missing:
-                write_shard(path, shards[path], **sample)
+                write_shard(path, (shard_sample(seed, **sample) for seed in shards[path]))
                 bar.update(len(shards[path]))
     except OSError as error:
         raise OSError(f"Folder {folder} cannot be written: {error.strerror or error}.") from None

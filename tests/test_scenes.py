@@ -382,9 +382,9 @@ def test_shards_are_the_same_bytes_everywhere(tmp_path):
 
 
 def test_a_stopped_run_leaves_no_half_shard_and_goes_on(tmp_path, monkeypatch):
-    def stops(seed, *rest):
+    def stops(seed, **rest):
         if seed == 5: raise KeyboardInterrupt
-        return scenes_sample(seed, *rest)
+        return scenes_sample(seed, **rest)
 
     scenes_sample = scenes.shard_sample
     monkeypatch.setattr(scenes, 'shard_sample', stops)
