@@ -373,7 +373,7 @@ def test_shards_have_the_layout_of_img2dataset(tmp_path):
     assert facts['width'] == facts['original_height'] == 80 and facts['status'] == 'success'
     assert json.loads((tmp_path / 'scenes.json').read_text()) == {
         'n': 5, 'start': 998, 'samples_per_shard': 2, 'version': scenes.VERSION, 'split': 'held_out', 'size': 80,
-        'image_format': 'jpg'}
+        'image_format': 'jpg', 'anywhere': 0.}
 
 
 def test_shards_are_the_same_bytes_everywhere(tmp_path):
