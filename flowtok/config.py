@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORDS', 'presets', 'stages', 'paper_recipes', 'tiny_base', 'tiny_recipes', 'phases', 'check_heads', 'TokenizerConfig',
            'TextConfig', 'FlowConfig', 'SamplingConfig', 'FlowTokConfig', 'preset', 'to_json', 'build', 'from_json',
-           'Recipe', 'recipe']
+           'check_recipe', 'Recipe', 'recipe']
 
 # %% ../nbs/00_config.ipynb #f6f4197d
 import json
@@ -144,7 +144,7 @@ presets = {
                    projector_heads=4, projector_hidden=128, projector_dropout=0., align_hidden=128, decoder_depth=2,
                    decoder_width=128, decoder_heads=4),
         FlowConfig(depth=4, width=128, heads=4),
-        SamplingConfig(guidance=1.5, temperature=.2, caption_steps=1)),
+        SamplingConfig(temperature=.2, caption_steps=1)),
     's': FlowTokConfig('s', flow=FlowConfig(12, 384, 6)),
     'b': FlowTokConfig('b', flow=FlowConfig(12, 768, 12)),
     'l': FlowTokConfig('l', flow=FlowConfig(24, 1024, 16)),
@@ -203,6 +203,28 @@ def from_json(
         raise ValueError(f"The config is not JSON: {error}.") from None
     return build(kind, values, 'The config')
 
+# %% ../nbs/00_config.ipynb #affdf9cf
+def check_recipe(
+    recipe,  # a `Recipe`, below
+):
+    "Refuses what no training could follow."
+    for name, good in (('optimizer', ('adamw', 'muon')), ('schedule', ('constant', 'cosine')),
+                       ('precision', ('fp32', 'bf16', 'fp16'))):
+        if getattr(recipe, name) not in good:
+            raise ValueError(f"{name} {getattr(recipe, name)!r} is unknown: choose one of {', '.join(good)}.")
+    for name, least in (('steps', 0), ('batch_size', 1), ('learning_rate', 0), ('warmup', 0), ('clip', 0),
+                        ('accumulate', 1), ('gan_weight', 0), ('gan_start', 0), ('gan_learning_rate', 0)):
+        if not getattr(recipe, name) >= least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(recipe, name)}.")
+    for name in ('final_share', 'ema', 'text_drop'):
+        if not 0 <= getattr(recipe, name) <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {getattr(recipe, name)}.")
+    if recipe.precision == 'fp16' and recipe.optimizer == 'muon':
+        raise ValueError("precision 'fp16' scales the loss for one optimizer: choose 'bf16', or optimizer 'adamw'.")
+    if recipe.gan_weight and not recipe.gan_learning_rate:
+        raise ValueError(f"A discriminator has to learn: gan_weight {recipe.gan_weight} needs a gan_learning_rate "
+                         "above 0, got 0.")
+
 # %% ../nbs/00_config.ipynb #5e628f80
 stages = ('tokenizer', 'text', 'text-to-image', 'image-to-text')
 
@@ -229,6 +251,12 @@ class Recipe:
     align_weight: float = 0.  # text-to-image
     edge_weight: float = 0.  # tokenizer: how much more a pixel on an edge counts
     text_drop: float = 0.  # tokenizer: share of the batches that are drawn without text
+    perceptual_weight: float = 0.  # tokenizer: on what trained networks see
+    convnext_share: float = 0.  # tokenizer: of ConvNeXt in it, to 1 of LPIPS
+    gan_weight: float = 0.  # tokenizer: on what the discriminator says, 0 for no discriminator
+    gan_start: int = 0  # tokenizer: first step at which the discriminator takes part
+    gan_learning_rate: float = 0.  # of the discriminator's AdamW, at its highest
+    lecam_weight: float = 0.  # discriminator: on LeCam's pull
     time_sampling: str = 'logit_normal'  # flows: 'logit_normal', 'uniform' or 'mixture'
     p_start: float = 0.5  # flows: share of t = 0 in the 'mixture'
     time_power: float = 1.  # flows: its other times are u to this power, u uniform
@@ -237,23 +265,14 @@ class Recipe:
     whiten: bool = False  # tokenizer: measure the tokens at the end, so that the flow sees mean 0 and deviation 1
 
     def __post_init__(self):
-        for name, good in (('optimizer', ('adamw', 'muon')), ('schedule', ('constant', 'cosine')),
-                           ('precision', ('fp32', 'bf16', 'fp16'))):
-            if getattr(self, name) not in good:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(good)}.")
-        for name, least in (('steps', 0), ('batch_size', 1), ('learning_rate', 0), ('warmup', 0), ('clip', 0), ('accumulate', 1)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        for name in ('final_share', 'ema', 'text_drop'):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
-        if self.precision == 'fp16' and self.optimizer == 'muon':
-            raise ValueError("precision 'fp16' scales the loss for one optimizer: choose 'bf16', or optimizer 'adamw'.")
+        check_recipe(self)
 
 # %% ../nbs/00_config.ipynb #57422562
 paper_recipes = {
     'tokenizer': Recipe(650_000, 1024, learning_rate=1e-4, betas=(0.9, 0.999), weight_decay=1e-4, warmup=10_000,
-                        schedule='cosine', final_share=0.1, ema=0.999, clip=1., kl_weight=1e-6),
+                        schedule='cosine', final_share=0.1, ema=0.999, clip=1., kl_weight=1e-6,
+                        perceptual_weight=1.1, convnext_share=0.1, gan_weight=0.1, gan_start=200_000,
+                        gan_learning_rate=1e-4, lecam_weight=1e-3),
     'text': Recipe(50_000, 1024, schedule='cosine', kl_weight=1e-4),
     'text-to-image': Recipe(1_000_000, 4096, kl_weight=1e-4, align_weight=1.),
     'image-to-text': Recipe(1_000_000, 4096)}

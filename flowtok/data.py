@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_FILES', 'find_shards', 'read_samples', 'fit_image', 'decode_image', 'to_images', 'to_pixels', 'image_bytes',
-           'captions_of', 'image_batches', 'write_token_cache', 'read_moments', 'token_batches']
+           'captions_of', 'write_token_cache', 'read_moments']
 
 # %% ../nbs/08_data.ipynb #cc6f7b09
 import glob
@@ -120,25 +120,6 @@ def captions_of(
         raise ValueError(f"Sample {sample.get('__key__')} holds no caption: a .txt, or 'caption' in its .json.")
     return captions
 
-# %% ../nbs/08_data.ipynb #085bd1cf
-def image_batches(
-    samples: Iterator[dict],  # from `read_samples`
-    batch_size: int,  # of this process
-    size: int,  # of the pictures, pixels
-    tokenize: Callable,  # list of captions -> ids (b, n)
-    seed: int = 0,  # of crops, flips and the choice among captions
-    augment: bool = False,  # random crop and flip
-) -> Iterator[tuple[Tensor, Tensor]]:  # images (b, 3, h, w) in [0, 1], ids (b, n)
-    "Batches of pictures and their captions."
-    generator, images, captions = np.random.default_rng(seed), [], []
-    for sample in samples:
-        images.append(decode_image(image_bytes(sample), size, generator if augment else None))
-        said = captions_of(sample)
-        captions.append(said[generator.integers(len(said))])
-        if len(images) == batch_size:
-            yield to_images(np.stack(images)), tokenize(captions)
-            images, captions = [], []
-
 # %% ../nbs/08_data.ipynb #b82ed4e2
 def write_token_cache(
     samples: Iterator[dict],  # each sample once
@@ -184,22 +165,3 @@ def read_moments(
 ) -> np.ndarray:  # (k, 2 d) float32, mean then log-variance
     "The moments of one cached picture."
     return np.frombuffer(sample['token.npy'], '<f2').reshape(2 * token_dim, -1).T.astype(np.float32)
-
-
-def token_batches(
-    samples: Iterator[dict],  # from `read_samples` over a token cache
-    batch_size: int,  # of this process
-    token_dim: int,  # d
-    tokenize: Callable,  # list of captions -> ids (b, n)
-    seed: int = 0,  # of the choice among captions
-    first: bool = False,  # take the first caption of each sample, not any of them
-) -> Iterator[tuple[Tensor, Tensor]]:  # moments (b, k, 2 d), ids (b, n)
-    "Batches of cached token moments and captions."
-    generator, moments, captions = np.random.default_rng(seed), [], []
-    for sample in samples:
-        moments.append(read_moments(sample, token_dim))
-        said = captions_of(sample)
-        captions.append(said[0 if first else generator.integers(len(said))])
-        if len(moments) == batch_size:
-            yield torch.from_numpy(np.stack(moments)), tokenize(captions)
-            moments, captions = [], []

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['kl_losses', 'align_targets', 'align_losses', 'flow_matching_loss', 'kl_loss', 'released_kl_loss', 'pool_target',
            'alignment_loss', 'ObjectiveConfig', 'flow_terms', 'text_to_image_terms', 'image_to_text_terms', 'total',
-           'loss_by_time_bin', 'edge_map', 'reconstruction_loss', 'TokenizerObjectiveConfig', 'tokenizer_terms',
-           'caption_cross_entropy']
+           'loss_by_time_bin', 'edge_map', 'reconstruction_loss', 'hinge_discriminator_loss', 'hinge_generator_loss',
+           'lecam_loss', 'moving_average', 'gan_factor', 'perceptual_loss', 'TokenizerObjectiveConfig',
+           'tokenizer_terms', 'caption_cross_entropy']
 
 # %% ../nbs/06_objective.ipynb #0d7c446c
 from collections.abc import Callable
@@ -225,15 +226,72 @@ def reconstruction_loss(
     weight = 1 + edge_weight * edge_map(target)                                  # (b, 1, h, w)
     return (error * weight / weight.mean((2, 3), keepdim=True)).mean()
 
+# %% ../nbs/06_objective.ipynb #b191765b
+def hinge_discriminator_loss(
+    real: Tensor,  # logits of originals, any shape
+    fake: Tensor,  # logits of decoded pictures, any shape
+) -> Tensor:  # mean over patches and the two sides, ()
+    "How far the discriminator is from being right everywhere by a margin of 1."
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+
+
+def hinge_generator_loss(
+    fake: Tensor,  # logits of decoded pictures, any shape
+) -> Tensor:  # mean over patches, ()
+    "How little the discriminator takes decoded pictures for originals."
+    return -fake.mean()
+
+# %% ../nbs/06_objective.ipynb #34327876
+def lecam_loss(
+    real: Tensor,  # mean logit of this batch's originals, ()
+    fake: Tensor,  # mean logit of its decoded pictures, ()
+    real_average: Tensor,  # moving average of the one, ()
+    fake_average: Tensor,  # moving average of the other, ()
+) -> Tensor:  # ()
+    "How far the discriminator's opinions of originals and decoded pictures are apart."
+    return F.relu(real - fake_average).square() + F.relu(real_average - fake).square()
+
+
+def moving_average(
+    average: Tensor,  # so far, ()
+    value: Tensor,  # new, ()
+    decay: float = 0.999,  # share of the old, in [0, 1)
+) -> Tensor:  # ()
+    "The average after one more value."
+    return average.lerp(value.detach(), 1 - decay)
+
+
+def gan_factor(
+    step: int,  # from 0
+    start: int,  # first step of the discriminator
+) -> float:  # 0 or 1
+    "Whether the adversarial terms count yet."
+    return float(step >= start)
+
+# %% ../nbs/06_objective.ipynb #3a915b69
+def perceptual_loss(
+    distances: dict[str, Tensor],  # 'lpips' () and 'convnext' (), or one of them
+    convnext_share: float,  # s, to 1 of LPIPS
+) -> Tensor:  # ()
+    "The weighted mean of perceptual distances; one that is missing counts as 0."
+    shares = {'lpips': 1., 'convnext': convnext_share}
+    return sum(shares[name] * distance for name, distance in distances.items()) / sum(shares.values())
+
 # %% ../nbs/06_objective.ipynb #47784988
 @dataclass(frozen=True)
 class TokenizerObjectiveConfig:
     "The choices of the tokenizer's training; the KL weight is TA-TiTok's."
     kl_weight: float = 1e-6  # on `kl_loss`
     edge_weight: float = 0.  # of `reconstruction_loss`
+    perceptual_weight: float = 0.  # on `perceptual_loss`
+    convnext_share: float = 0.  # of it
+    gan_weight: float = 0.  # on `hinge_generator_loss`
+    gan_start: int = 0  # of `gan_factor`
+    lecam_weight: float = 0.  # on `lecam_loss`, in the discriminator's training
 
     def __post_init__(self):
-        for name in ('kl_weight', 'edge_weight'):
+        for name in ('kl_weight', 'edge_weight', 'perceptual_weight', 'convnext_share', 'gan_weight', 'gan_start',
+                     'lecam_weight'):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
 
@@ -242,22 +300,28 @@ class TokenizerObjectiveConfig:
         "The weight of each term, by name."
         return {'reconstruction': 1., 'kl': self.kl_weight}
 
+    @property
+    def perceptual_networks(self) -> tuple[str, ...]:  # of 'lpips' and 'convnext'
+        "The trained networks that are asked for."
+        return ('lpips', 'convnext')[:1 + bool(self.convnext_share)] if self.perceptual_weight else ()
 
+# %% ../nbs/06_objective.ipynb #578b41a6
 def tokenizer_terms(
     tokenizer,  # with encode(images) -> Gaussian and decode(tokens, text_features) -> images
     images: Tensor,  # values in [0, 1], (b, 3, h, w)
     text_features: Tensor | None = None,  # (b, n, c), or None for a batch decoded without text
     *,
     objective: TokenizerObjectiveConfig = TokenizerObjectiveConfig(),  # the choices above
-    generator: torch.Generator | Share | None = None,  # source of randomness
-) -> dict[str, Tensor]:  # reconstruction (), and kl () where its weight is not 0
+    generator: torch.Generator | None = None,  # source of randomness
+    keep_decoded: bool = False,  # hand out what was drawn, too, for critics to look at
+) -> dict[str, Tensor]:  # reconstruction (), kl () where its weight is not 0, decoded (b, 3, h, w) where it is kept
     "All terms of a batch of pictures that are encoded, sampled and decoded."
     posterior = tokenizer.encode(images)
     decoded = tokenizer.decode(posterior.sample(generator), text_features)
     terms = {'reconstruction': reconstruction_loss(decoded, images, objective.edge_weight)}
     if objective.kl_weight:
         terms['kl'] = kl_loss(posterior.mean, posterior.logvar)
-    return terms
+    return terms | {'decoded': decoded} if keep_decoded else terms
 
 # %% ../nbs/06_objective.ipynb #8f79958d
 def caption_cross_entropy(

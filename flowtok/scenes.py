@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'HUES', 'COLOURS', 'SIZES', 'TONES', 'TEXTURES', 'REACH', 'TILT', 'PERIOD', 'SPLITS', 'PAIRS', 'HELD_OUT',
-           'MIDDLES', 'STRAY', 'ANYWHERE', 'FACING', 'ROWS', 'COLUMNS', 'CUTS', 'RELATIONS', 'WORDS', 'NOUN', 'LINK',
+           'MIDDLES', 'STRAY', 'FIELD', 'FACING', 'ROWS', 'COLUMNS', 'CUTS', 'RELATIONS', 'WORDS', 'NOUN', 'LINK',
            'GROUND', 'SENTENCE', 'MEAN_AREA', 'AREA', 'WINDOW', 'MAX_ERROR', 'VERSION', 'ENCODINGS', 'Thing', 'Scene',
            'shape_distance', 'coverage', 'texture_pattern', 'whole_number', 'render', 'random_numbers', 'paint',
            'draw_thing', 'draw_cells', 'place', 'draw_scene', 'place_words', 'is_at', 'relation', 'facing', 'noun',
@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import permutations
@@ -171,8 +172,8 @@ def draw_thing(pairs: list, rng: np.random.Generator) -> Thing:
     return Thing(size=size, radius=SIZES[size] * rng.uniform(.95, 1.05), **paint(shape, colour, rng))
 
 
-MIDDLES, STRAY = (.24, .5, .76), (.03, .13)  # of the three rows and columns, and how far from them things may lie
-ANYWHERE = .1  # share of the scenes with the larger way to stray: the fields meet, so any place can be drawn
+MIDDLES, STRAY = (.24, .5, .76), .03  # of the three rows and columns, and how far from them a thing may lie
+FIELD = .13  # how far where things lie anywhere: the fields meet
 FACING = .15  # share of the pairs that face each other across the middle
 
 
@@ -185,9 +186,9 @@ def draw_cells(n: int, rng: np.random.Generator) -> np.ndarray:
     return cells
 
 
-def place(things: list, rng: np.random.Generator) -> tuple | None:
+def place(things: list, rng: np.random.Generator, stray: float = STRAY) -> tuple | None:
     "The things at places where none comes near another or the border, or None where no room was found."
-    placed, stray = [], STRAY[int(rng.random() < ANYWHERE)]
+    placed = []
     for thing, cell in zip(things, draw_cells(len(things), rng)):
         reach, middle = thing.radius * REACH[thing.shape] + .01, np.array(MIDDLES)[cell]
         x, y = rng.uniform(np.maximum(middle - stray, reach), np.minimum(middle + stray, 1 - reach)).tolist()
@@ -200,9 +201,13 @@ def place(things: list, rng: np.random.Generator) -> tuple | None:
 def draw_scene(
     seed: int,  # at least 0; another seed, another scene
     split: str = 'train',  # one of SPLITS
+    anywhere: float = 0.,  # share of the scenes whose things lie anywhere, in [0, 1]
 ) -> Scene:
     "The scene of a seed."
+    if not 0 <= anywhere <= 1:
+        raise ValueError(f"anywhere must be a share between 0 and 1, got {anywhere}.")
     rng = random_numbers(split, seed)
+    stray = FIELD if anywhere and rng.random() < anywhere else STRAY
     pairs = [pair for pair in PAIRS if split == 'held_out' or pair not in HELD_OUT]
     rare = sorted(HELD_OUT)
     n = int(rng.choice([1, 2, 3], p=[.45, .4, .15]))
@@ -211,7 +216,7 @@ def draw_scene(
         if split == 'held_out':
             i = int(rng.integers(n))
             things[i] = replace(things[i], **paint(*rare[rng.integers(len(rare))], rng))
-        things = place(things, rng)
+        things = place(things, rng, stray)
         if things and len({(o.shape, o.colour) for o in things}) == n:
             break
     tone = str(rng.choice(list(TONES)))
@@ -558,13 +563,13 @@ def shows(
     return agrees(parse(text), *read(image))
 
 # %% ../nbs/07_scenes.ipynb #46155797
-VERSION = 4  # goes up when a seed comes to mean another picture or other captions
+VERSION = 3  # goes up when a seed comes to mean another picture or other captions
 ENCODINGS = {'png': {'format': 'PNG'}, 'jpg': {'format': 'JPEG', 'quality': 95, 'subsampling': 0}}
 
 
-def shard_sample(seed: int, split: str, size: int, image_format: str) -> dict:
+def shard_sample(seed: int, split: str, size: int, image_format: str, anywhere: float) -> dict:
     "One sample: its __key__, and the bytes of each of its files by their ending."
-    scene, stream, key = draw_scene(seed, split), io.BytesIO(), f'{seed:09d}'
+    scene, stream, key = draw_scene(seed, split, anywhere), io.BytesIO(), f'{seed:09d}'
     texts = captions(scene, seed, split=split)
     Image.fromarray(render(scene, size)).save(stream, **ENCODINGS[image_format])
     facts = dict(caption=texts[0], captions=texts, key=key, status='success', seed=seed, split=split,
@@ -573,23 +578,30 @@ def shard_sample(seed: int, split: str, size: int, image_format: str) -> dict:
             'txt': texts[0].encode(), 'json': json.dumps(facts).encode()}
 
 
-def write_shard(path: Path, seeds: range, split: str, size: int, image_format: str) -> None:
+def write_shard(
+    path: Path,  # of the tar file; its folder exists
+    samples: Iterable[dict],  # each a __key__, and the bytes of each of its files by their ending
+) -> None:
     "One tar file, under its own name only when it is complete; the same bytes each time."
     from webdataset import TarWriter
     part = path.with_name(f'.{path.name}-{os.getpid()}')
     try:
         with open(part, 'wb') as stream, TarWriter(stream, mtime=0, encoder=False) as tar:
-            for seed in seeds:
-                tar.write(shard_sample(seed, split, size, image_format))
+            for sample in samples:
+                tar.write(sample)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 # %% ../nbs/07_scenes.ipynb #d362be83
-def claim_folder(folder: Path, contents: dict) -> None:
-    "Note in scenes.json what a folder is to hold, or find that very note there; else ValueError."
+def claim_folder(
+    folder: Path,  # created when absent
+    contents: dict,  # what it is to hold
+    name: str = 'scenes.json',  # of the note
+) -> None:
+    "Note what a folder is to hold, or find that very note there; else ValueError."
     folder.mkdir(parents=True, exist_ok=True)
-    note, part, wanted = folder / 'scenes.json', folder / f'.scenes.json-{os.getpid()}', json.dumps(contents)
+    note, part, wanted = folder / name, folder / f'.{name}-{os.getpid()}', json.dumps(contents)
     found = note.read_text() if note.exists() else 'shards of something else' if any(folder.glob('*.tar')) else ''
     if found not in ('', wanted):
         raise ValueError(f"Folder {folder} holds {found}, not {wanted}: choose another folder.")
@@ -605,6 +617,7 @@ def write_shards(
     size: int = 64,  # side of the pictures, pixels
     samples_per_shard: int = 1000,  # the last shard may hold fewer
     image_format: str = 'png',  # one of ENCODINGS
+    anywhere: float = 0.,  # as `draw_scene`
     start: int = 0,  # first seed, the others follow
     progress: bool = False,  # show a bar
 ) -> list[Path]:  # the tar files, in order
@@ -614,7 +627,8 @@ def write_shards(
     if image_format not in ENCODINGS:
         raise ValueError(f"Image format {image_format!r} is unknown: choose one of {', '.join(ENCODINGS)}.")
     n, per_shard = whole_number('n', n, 1), whole_number('samples_per_shard', samples_per_shard, 1)
-    sample = dict(split=split, size=whole_number('size', size, 16), image_format=image_format)
+    sample = dict(split=split, size=whole_number('size', size, 16), image_format=image_format,
+                  anywhere=float(anywhere))
     folder, seeds = Path(folder), range(start, start + n)
     shards = {folder / f'{i // per_shard:05d}.tar': seeds[i:i + per_shard] for i in range(0, n, per_shard)}
     try:
@@ -622,7 +636,7 @@ def write_shards(
         missing = [path for path in shards if not path.exists()]
         with tqdm(total=sum(len(shards[path]) for path in missing), mininterval=1, disable=not progress) as bar:
             for path in missing:
-                write_shard(path, shards[path], **sample)
+                write_shard(path, (shard_sample(seed, **sample) for seed in shards[path]))
                 bar.update(len(shards[path]))
     except OSError as error:
         raise OSError(f"Folder {folder} cannot be written: {error.strerror or error}.") from None

@@ -14,6 +14,7 @@ import re
 import warnings
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -157,16 +158,20 @@ def load_clip(
 ):
     "Fills a text tower from a CLIP checkpoint; the picture half is left out."
     import open_clip
-    path = find_clip(pretrained)
-    state = open_clip.factory.load_state_dict(str(path))
-    if any('.self_attn.q_proj.' in name for name in state):
-        state = from_transformers(state)
-    state = {name.removeprefix('text.'): x for name, x in state.items()}
-    unused = ('visual.', 'logit_scale', 'text_projection')
+    from safetensors import SafetensorError
+    path, unused = find_clip(pretrained), ('visual.', 'logit_scale', 'text_projection')
     try:
+        state = open_clip.factory.load_state_dict(str(path))  # tensors only: no code of a pickle runs
+        if any('.self_attn.q_proj.' in name for name in state):
+            state = from_transformers(state)
+        state = {name.removeprefix('text.'): x for name, x in state.items()}
         tower.load_state_dict({name: x for name, x in state.items() if not name.startswith(unused)})
-    except RuntimeError as error:
-        raise ValueError(f'{path} does not hold the text tower of CLIP {clip_name}.') from error
+    except (RuntimeError, UnpicklingError, SafetensorError, EOFError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} does not hold the text tower of CLIP {clip_name}: it is another model's, cut off, or "
+                         "no file of tensors.") from error
+    broken = [name for name, x in tower.state_dict().items() if not x.isfinite().all()]
+    if broken:
+        raise ValueError(f'{path} holds values that are no finite numbers: {broken[0]}.')
 
 # %% ../nbs/04_text.ipynb #cf40e809
 def clip_tower(

@@ -9,7 +9,7 @@ __all__ = ['MAX_SKIPPED', 'rate_factor', 'make_optimizers', 'Ema', 'seed_of', 'N
            'finish', 'train', 'check_skipped', 'loop', 'cache_tokens', 'scenes_for', 'parser', 'runs_of', 'carry_out',
            'main']
 
-# %% ../nbs/09_train.ipynb #d05abb0c
+# %% ../nbs/09_train.ipynb #1c4ab31f
 import argparse
 import json
 import math
@@ -30,14 +30,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import Recipe, from_json, phases, presets, stages, to_json
-from .data import find_shards, find_sources, open_batches, read_samples, to_images, to_pixels, write_token_cache
+from .data import find_shards, read_samples, to_images, to_pixels, write_token_cache
 from .flow import Share
 from .model import load_weights, save_weights
 from .objective import loss_by_time_bin, total
 from .stages import Run, Stage, plan, stage_classes, weights_file
+from .streams import find_sources, open_batches
 from .tokenizer import ImageTokenizer
 
-# %% ../nbs/09_train.ipynb #18830638
+# %% ../nbs/09_train.ipynb #7c067c12
 def rate_factor(
     step: int,  # from 0
     recipe: Recipe,  # warm-up, schedule, steps
@@ -70,7 +71,7 @@ def make_optimizers(
         return [ZeroRedundancyOptimizer(matrices, torch.optim.Muon, **muon), torch.optim.AdamW(rest, **adamw)]
     return [torch.optim.Muon(matrices, **muon), torch.optim.AdamW(rest, **adamw)]
 
-# %% ../nbs/09_train.ipynb #d41d78a6
+# %% ../nbs/09_train.ipynb #01aa8833
 class Ema:
     "The exponential average of a module's learned weights."
 
@@ -99,7 +100,7 @@ class Ema:
             for p, mean in zip(self.live, self.mean):
                 p.data, mean.data = mean.data, p.data
 
-# %% ../nbs/09_train.ipynb #b01a4a52
+# %% ../nbs/09_train.ipynb #41ea7411
 def seed_of(
     *numbers: int,  # at least 0: seed, step, rank ...
 ) -> int:  # below 2**32
@@ -120,7 +121,7 @@ class Noise:
         self.share.generator.manual_seed(seed_of(self.seed, 2, step))
         return self.share
 
-# %% ../nbs/09_train.ipynb #f18d5b63
+# %% ../nbs/09_train.ipynb #309d2fdd
 def save_state(
     path: Path,  # of the checkpoint
     **state,  # tensors, numbers and containers of them
@@ -159,10 +160,10 @@ def newest_state(
         try:
             return torch.load(path, map_location='cpu', weights_only=True)
         except Exception as error:                     # a disk may break what was whole when it was written
-            print(f'{path} cannot be read and is passed over: {error}', file=sys.stderr)
+            print(f'{path.name} cannot be read and is passed over: {str(error)[:60]} ...', file=sys.stderr)
     return None
 
-# %% ../nbs/09_train.ipynb #c938eac8
+# %% ../nbs/09_train.ipynb #a3613d3f
 def everywhere(value) -> list:  # the values of all processes, in order
     "Let every process know what each of them has."
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -200,7 +201,7 @@ def save_checkpoint(run: Run, **state):
     for path in checkpoints(run)[:-run.keep]:
         path.unlink()
 
-# %% ../nbs/09_train.ipynb #37a1f6be
+# %% ../nbs/09_train.ipynb #3fc37b9e
 class Stopped(SystemExit):
     "A run that was asked to stop, and saved."
 
@@ -230,7 +231,7 @@ class StopSign:
         dist.all_reduce(asked, dist.ReduceOp.MAX, group)
         return int(asked)
 
-# %% ../nbs/09_train.ipynb #389827d6
+# %% ../nbs/09_train.ipynb #a30c71a4
 def take_step(
     accelerator,  # accelerate.Accelerator
     model: nn.Module,  # the prepared stage
@@ -257,7 +258,7 @@ def take_step(
         optimizer.zero_grad()
     return {name: term.detach() for name, term in terms.items()} | {'loss': loss.detach()} if finite else None
 
-# %% ../nbs/09_train.ipynb #ee926c91
+# %% ../nbs/09_train.ipynb #38a7e3d7
 class Batches:
     "Endless batches of one process, on its device: pictures or moments, and ids."
 
@@ -290,7 +291,7 @@ class Batches:
     @property
     def counts(self) -> Counter: return self.stream.counts
 
-# %% ../nbs/09_train.ipynb #b7734cbc
+# %% ../nbs/09_train.ipynb #388fc9a9
 class Log:
     "Averages terms and appends them to a file as JSON lines."
 
@@ -328,7 +329,7 @@ def step_values(terms: dict[str, Tensor]) -> dict[str, float]:
         values |= {f'flow {name}': loss for name, loss in loss_by_time_bin(terms['flow'], terms['t']).items()}
     return values
 
-# %% ../nbs/09_train.ipynb #5a93211c
+# %% ../nbs/09_train.ipynb #23b45bec
 @torch.no_grad()
 def show_progress(
     stage: Stage,
@@ -358,7 +359,7 @@ def show_progress(
     if captions is not None:
         log.write(step=step, captions=captions)
 
-# %% ../nbs/09_train.ipynb #acc0976b
+# %% ../nbs/09_train.ipynb #441bc502
 def progress_line(
     run: Run,
     events: list[dict],  # lines of the log so far
@@ -374,7 +375,7 @@ def progress_line(
     return (f"{run.stage}: step {last['step']:,} of {run.recipe.steps:,}, {pace:.3g} s a step, "
             f"{run.recipe.batch_size / max(pace, 1e-9):.3g} samples/s, {clock} left")
 
-# %% ../nbs/09_train.ipynb #516b9442
+# %% ../nbs/09_train.ipynb #24506507
 def cpu_has_bf16() -> bool:
     "Whether this CPU multiplies in bf16; where it only imitates that, fp32 is faster."
     known = getattr(torch.cpu, 'get_capabilities', dict)()
@@ -411,7 +412,7 @@ def begin(run: Run):  # accelerator, stage
     stage.to(accelerator.device).train().text_encoder.eval()
     return accelerator, stage
 
-# %% ../nbs/09_train.ipynb #9b6a801f
+# %% ../nbs/09_train.ipynb #edde91f5
 @torch.no_grad()
 def finish(run: Run, stage: Stage, ema: Ema, device: torch.device):
     "Leave the averaged weights, and the sizes they belong to; the checkpoints are not needed any more."
@@ -425,7 +426,7 @@ def finish(run: Run, stage: Stage, ema: Ema, device: torch.device):
     for path in checkpoints(run):
         path.unlink()
 
-# %% ../nbs/09_train.ipynb #5e5bf4ca
+# %% ../nbs/09_train.ipynb #779b99cf
 MAX_SKIPPED = 10  # steps in a row without finite gradients, after which a run ends
 
 
@@ -450,7 +451,7 @@ def check_skipped(run: Run, in_a_row: int, step: int):
             f"{in_a_row} steps in a row, up to step {step}, had gradients that are no finite numbers: try a lower "
             f"learning_rate, clip=1, or precision=fp32. {f'The last good checkpoint is {kept[-1]}.' if kept else ''}")
 
-# %% ../nbs/09_train.ipynb #cdb17968
+# %% ../nbs/09_train.ipynb #199a906e
 def loop(run: Run, stop: StopSign, tell):
     "What `train` does, until it is done or asked to stop."
     accelerator, stage = begin(run)
@@ -501,7 +502,7 @@ def loop(run: Run, stop: StopSign, tell):
     for tracker in accelerator.trackers:
         tracker.finish()
 
-# %% ../nbs/09_train.ipynb #4cc4ceaa
+# %% ../nbs/09_train.ipynb #d7a49871
 @torch.no_grad()
 def cache_tokens(
     run: Run,  # of a stage that needs the cache
@@ -518,7 +519,7 @@ def cache_tokens(
     samples = read_samples(find_shards(run.data), shuffle=0)
     return write_token_cache(samples, encode, run.cache, run.config.tokenizer.image_size, progress=progress)
 
-# %% ../nbs/09_train.ipynb #d4fe2a59
+# %% ../nbs/09_train.ipynb #ad9a4439
 def scenes_for(out: str | Path, config, n: int) -> str:  # a folder of shards
     "Draw embedded scenes to train on, unless they are there."
     from flowtok.scenes import write_shards
@@ -552,10 +553,11 @@ def parser() -> argparse.ArgumentParser:
     values = p.add_argument_group("values of the recipe, where they are to differ from the scale's")
     for f in fields(Recipe):
         if f.name not in ('steps', 'batch_size', 'betas'):
-            values.add_argument(f"--{f.name.replace('_', '-')}", dest=f'recipe.{f.name}', metavar='X')
+            option = {'clip': 'clip-norm'}.get(f.name, f.name.replace('_', '-'))  # --clip names weights of CLIP
+            values.add_argument(f'--{option}', dest=f'recipe.{f.name}', metavar='X')
     return p
 
-# %% ../nbs/09_train.ipynb #96d6a957
+# %% ../nbs/09_train.ipynb #631b4565
 def runs_of(given: argparse.Namespace) -> list[Run]:
     "The runs that a command line asks for, in order."
     values = vars(given)
@@ -590,7 +592,7 @@ def carry_out(runs: list[Run], samples: int):
 
         train(run, tell)
 
-# %% ../nbs/09_train.ipynb #9a606d95
+# %% ../nbs/09_train.ipynb #9ad32ee5
 def main():
     "Entry point of `flowtok-train` and `python -m flowtok.train`."
     given = parser().parse_args()

@@ -46,6 +46,15 @@ def test_table_6():
     assert (recipe('xl', 'image-to-text').kl_weight, recipe('xl', 'image-to-text').align_weight) == (0, 0)
 
 
+def test_the_tokenizers_recipe_has_critics_and_no_other():
+    r = asdict(recipe('xl', 'tokenizer'))
+    critics = dict(perceptual_weight=1.1, convnext_share=.1, gan_weight=.1, gan_start=200_000, gan_learning_rate=1e-4,
+                   lecam_weight=1e-3)
+    assert {name: r[name] for name in critics} == critics
+    others = [recipe('tiny', stage) for stage in stages] + [recipe('xl', stage) for stage in stages[1:]]
+    assert not any(getattr(other, name) for other in others for name in critics)
+
+
 @pytest.mark.parametrize('make, words', (
     (lambda: preset('XL'), 'choose one of tiny, s, b, l, xl, h'),
     (lambda: preset(''), 'choose one of'),
@@ -69,6 +78,8 @@ def test_table_6():
     (lambda: Recipe(1, 0), 'batch_size must be at least 1'),
     (lambda: Recipe(1, 1, learning_rate=float('nan')), 'learning_rate must be at least 0'),
     (lambda: Recipe(1, 1, ema=1.5), 'ema must be between 0 and 1'),
+    (lambda: Recipe(1, 1, gan_weight=.1), 'gan_weight 0.1 needs a gan_learning_rate above 0'),
+    (lambda: Recipe(1, 1, gan_start=-1), 'gan_start must be at least 0'),
     (lambda: Recipe(1, 1, schedule='linear'), 'constant, cosine'),
     (lambda: Recipe(1, 1, precision='fp8'), 'fp32, bf16'),
 ))

@@ -8,8 +8,8 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from flowtok.data import (captions_of, decode_image, find_shards, image_batches, image_bytes, read_moments, read_samples,
-                          to_images, to_pixels, token_batches, write_token_cache)
+from flowtok.data import (captions_of, decode_image, find_shards, image_bytes, read_moments, read_samples,
+                          to_images, to_pixels, write_token_cache)
 
 
 def png(height, width, seed=0, mode='RGB'):
@@ -27,10 +27,6 @@ def shards(tmp_path):
                 key = shard * 10 + i
                 sink.write({'__key__': f'{key:09d}', 'png': png(16, 16, key), 'txt': f'number {key}'.encode()})
     return find_shards(tmp_path)
-
-
-def lengths(captions):
-    return torch.tensor([[len(caption)] for caption in captions])
 
 
 def test_processes_share_an_ordered_reading(shards):
@@ -77,18 +73,7 @@ def test_token_cache_round_trip_and_reuse(shards, tmp_path):
     pixels = decode_image(next(read_samples(shards, shuffle=0))['png'], 16)
     assert len(first['token.npy']) == 2 * 8 * 6
     assert np.abs(read_moments(first, 3) - encode(pixels[None])[0]).max() < 1e-3
-    moments, ids = next(token_batches(read_samples(find_shards(folder), shuffle=0), 30, 3, lengths))
-    assert moments.shape == (30, 8, 6) and ids.flatten().tolist() == [len(f'number {i}') for i in range(30)]
-    def told(first, seed):
-        samples = [{'token.npy': next(read_samples(find_shards(folder), shuffle=0))['token.npy'],
-                    'json': json.dumps({'captions': ['a', 'bb', 'ccc']}).encode()}] * 20
-        return set(next(token_batches(iter(samples), 20, 3, lengths, seed, first))[1].flatten().tolist())
-    assert told(True, 0) == {1} and told(False, 0) == {1, 2, 3}
     def never(pixels):
         raise AssertionError('a finished cache was written again')
     write_token_cache(read_samples(shards, shuffle=0), never, folder, 16)
 
-
-def test_image_batches(shards):
-    images, ids = next(image_batches(read_samples(shards, shuffle=0), 4, 16, lengths))
-    assert images.shape == (4, 3, 16, 16) and images.dtype == torch.float32 and ids.shape == (4, 1)

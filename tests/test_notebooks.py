@@ -1,4 +1,5 @@
 """Every run notebook at smoke size, through papermill, as a user starts it."""
+import resource
 import subprocess
 import sys
 
@@ -42,11 +43,14 @@ def test_bad_parameters_end_before_work_starts(words, sentence, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_paper_size_trains_draws_and_captions(tmp_path):
-    "FlowTok-B with its ViT-B/ViT-L tokenizer and CLIP's ViT-L tower, random CLIP weights: about ten minutes and 16 GB."
-    done = papermill('train', tmp_path, '-p', 'scale', 'b', '-p', 'steps', '2', '-p', 'batch_size', '2', '-p', 'samples', '8')
+@pytest.mark.parametrize('scale', ['b', 'xl'])
+def test_a_paper_size_trains_draws_and_captions(scale, tmp_path):
+    "A FlowTok with its ViT-B/ViT-L tokenizer and CLIP's ViT-L tower, random CLIP weights: minutes, and at most 24 GiB."
+    done = papermill('train', tmp_path, '-p', 'scale', scale, '-p', 'steps', '2', '-p', 'batch_size', '2', '-p', 'samples', '8')
     assert done.returncode == 0, done.stderr[-3000:]
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss             # KiB on Linux, bytes on macOS
+    assert largest < 24 * 2**(20 if sys.platform == 'linux' else 30)
     pipe = FlowTokPipeline.from_pretrained(tmp_path)
-    assert pipe.parts.keys() == set(stages) and pipe.config == preset('b')
+    assert pipe.parts.keys() == set(stages) and pipe.config == preset(scale)
     picture, = pipe('a red star', num_inference_steps=2, generator=torch.Generator().manual_seed(0))
     assert picture.size == (256, 256) and isinstance(pipe.caption(picture, num_inference_steps=2)[0], str)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flowtok.config import TokenizerConfig, from_json, preset
+from flowtok.config import FlowConfig, FlowTokConfig, SamplingConfig, TextConfig, TokenizerConfig, from_json, preset
 from flowtok.flow import sample
 from flowtok.model import FlowTok
 from flowtok.pipeline import FlowTokPipeline, embedded_weights
-from flowtok.pretrained import (FLOWTOK_NAMES, KNOWN_HEADS, TOKEN_BUFFERS, convert, flowtok_config, load_flowtok,
-                                load_tokenizer, read_state, released_pipeline, released_shape, rename, tokenizer_config,
-                                tokenizer_names)
+from flowtok.pretrained import (FLOWTOK_NAMES, KNOWN_HEADS, ROPE_KEYS, TOKEN_BUFFERS, convert, flowtok_config,
+                                load_flowtok, load_tokenizer, read_state, released_pipeline, released_shape, rename,
+                                tokenizer_config, tokenizer_names)
 from flowtok.text import text_encoder
 from flowtok.tokenizer import ImageTokenizer
 
@@ -133,46 +133,82 @@ def test_names_are_one_to_one():
         assert all(rename(rename(k, names), back) == k for k in read_state(key))
 
 
-def as_released(kind, config, names):
-    "Tensors without memory, named and shaped as a released file of that size."
+def as_released(model, names):
+    "The tensors of a network, named and shaped as a released file of that size has them."
     back = {ours: theirs for theirs, ours in names.items()}
+    state = {(k := rename(ours, back)): x.reshape(released_shape(k, x.shape)) for ours, x in model.state_dict().items()
+             if ours not in TOKEN_BUFFERS}
+    if names == tokenizer_names('rope'):
+        for key in ROPE_KEYS:
+            side, part = key.split('.')[0], key.split('_')[-1]
+            state[key] = getattr(getattr(model, side).grid.tables, part)
+    return state
+
+
+def without_memory(kind, config):
     with torch.device('meta'):
-        own = kind(config).state_dict()
-        return {(k := rename(ours, back)): torch.empty(released_shape(k, x.shape)) for ours, x in own.items()
-                if ours not in TOKEN_BUFFERS}
+        return kind(config)
 
 
 learned = replace(preset('b'), tokenizer=TokenizerConfig(num_tokens=32, positions='learned'))
+for_512 = replace(preset('b'), tokenizer=TokenizerConfig(image_size=512))
+released_sampling = SamplingConfig(schedule='released')
 
 
 @pytest.mark.parametrize('file, kind, config, names', [
     ('FlowTok-XL', FlowTok, preset('xl'), FLOWTOK_NAMES), ('FlowTok-H', FlowTok, preset('h'), FLOWTOK_NAMES),
     ('FlowTiTok-256', ImageTokenizer, preset('b'), tokenizer_names('rope')),
-    ('FlowTiTok-512', ImageTokenizer, preset('b'), tokenizer_names('rope')),
+    ('FlowTiTok-512', ImageTokenizer, for_512, tokenizer_names('rope')),
     ('TA-TiTok-bl32-vae', ImageTokenizer, learned, tokenizer_names('learned'))])
 def test_names_and_shapes_of_the_released_files(file, kind, config, names):
     entries = json.loads((goldens / 'keys' / f'{file}.json').read_text())
-    expected = {key: tuple(shape) for key, shape in entries.items() if 'freqs' not in key}
-    assert {key: tuple(x.shape) for key, x in as_released(kind, config, names).items()} == expected
+    ours = as_released(without_memory(kind, config), names)
+    assert {key: tuple(x.shape) for key, x in ours.items()} == {key: tuple(shape) for key, shape in entries.items()}
 
 
 @pytest.mark.parametrize('name', ['s', 'b', 'l', 'xl', 'h'])
 def test_sizes_of_the_papers_models_are_read_off(name):
-    config = flowtok_config(as_released(FlowTok, preset(name), FLOWTOK_NAMES), f'{name}.pth')
-    assert config == preset(name)
+    config = flowtok_config(as_released(without_memory(FlowTok, preset(name)), FLOWTOK_NAMES), f'{name}.pth')
+    assert config == replace(preset(name), sampling=released_sampling)
 
 
 def test_sizes_of_the_papers_tokenizers_are_read_off():
-    for side in (256, 512):
-        state = as_released(ImageTokenizer, preset('b'), tokenizer_names('rope'))
-        state['encoder.positional_embedding.freqs_cos'] = torch.empty((side // 16)**2, 64)
-        found = tokenizer_config(state, 'FlowTiTok.bin')
-        assert found.tokenizer == TokenizerConfig(image_size=side) and found.text == preset('b').text
+    for config in (preset('b'), for_512):
+        found = tokenizer_config(as_released(without_memory(ImageTokenizer, config), tokenizer_names('rope')), 'x.bin')
+        assert (found.tokenizer, found.text) == (config.tokenizer, config.text)
     c = TokenizerConfig(num_tokens=128, encoder_width=512, encoder_depth=8, encoder_heads=8, positions='learned')
-    state = as_released(ImageTokenizer, replace(preset('b'), tokenizer=c), tokenizer_names('learned'))
+    model = without_memory(ImageTokenizer, replace(preset('b'), tokenizer=c))
+    state = as_released(model, tokenizer_names('learned'))
     assert tokenizer_config(state, 'model.safetensors').tokenizer == c
     with pytest.raises(ValueError, match='bound to pictures of 256 pixels, got image_size 512'):
         tokenizer_config(state, 'model.safetensors', 512)
+
+
+@pytest.mark.parametrize('tokens, dim, width, depth, text', [
+    (1, 1, 12, 1, 8), (32, 8, 24, 3, 20), (128, 32, 36, 13, 4)])
+def test_a_flowtok_of_any_size_is_read_off(tmp_path, tokens, dim, width, depth, text):
+    sizes = TextConfig(length=tokens, width=text, projector_depth=depth, projector_heads=2, projector_hidden=7,
+                       align_hidden=5)
+    config = FlowTokConfig('any', TokenizerConfig(num_tokens=tokens, token_dim=dim), sizes, FlowConfig(depth, width, 3),
+                           released_sampling)
+    model = FlowTok(config)
+    file = write(as_released(model, FLOWTOK_NAMES), tmp_path / 'any.pth')
+    again = load_flowtok(file, num_heads=3, projector_num_heads=2)
+    assert again.config == config and same_weights(again, model)
+
+
+@pytest.mark.parametrize('positions', ['rope', 'learned'])
+@pytest.mark.parametrize('size, patch, tokens, dim, encoder, decoder', [
+    (16, 16, 77, 16, (24, 1, 2), (16, 3, 1)), (40, 8, 3, 5, (20, 12, 5), (48, 1, 4)),
+    (512, 16, 9, 2, (8, 1, 1), (8, 1, 2))])
+def test_a_tokenizer_of_any_size_is_read_off(tmp_path, positions, size, patch, tokens, dim, encoder, decoder):
+    c = TokenizerConfig(size, patch, tokens, dim, *encoder, *decoder, positions)
+    model = ImageTokenizer(FlowTokConfig('any', c, TextConfig(length=6, width=9, projector_heads=1))).eval()
+    file = write(as_released(model, tokenizer_names(positions)), tmp_path / 'any.bin')
+    again = load_tokenizer(file, encoder_heads=encoder[2], decoder_heads=decoder[2])
+    assert again.config == c and again.text_shape == (6, 9) and same_weights(again, model)
+    images = torch.rand(1, 3, size, size)
+    assert torch.equal(again.encode(images).mean, model.encode(images).mean)
 
 
 def test_heads_that_no_preset_knows():
@@ -188,11 +224,21 @@ def test_heads_that_no_preset_knows():
     assert KNOWN_HEADS['num_heads'] == {384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 20}
 
 
-def test_other_resolutions_with_the_same_file():
+@torch.no_grad()
+def test_other_resolutions_with_the_same_file(tmp_path):
     file, given = goldens / 'flowtitok_nano64' / 'FlowTiTok_nano.bin', token_heads('flowtitok_nano64')
-    small, large = load_tokenizer(file, **given), load_tokenizer(file, image_size=128, **given)
-    images = torch.rand(1, 3, 128, 128)
-    assert same_weights(small, large) and torch.equal(small.encode(images).mean, large.encode(images).mean)
+    small, large = load_tokenizer(file, **given), load_tokenizer(file, image_size=512, **given)
+    images = torch.rand(1, 3, 512, 512)
+    tokens = large.encode(images).mean
+    assert same_weights(small, large) and torch.equal(small.encode(images).mean, tokens)
+    file = write(as_released(large, tokenizer_names('rope')), tmp_path / 'FlowTiTok_512.bin')
+    again = load_tokenizer(file, **given)
+    assert read_state(file)['decoder.positional_embedding.freqs_sin'].shape == (32**2, 20)
+    assert again.config.image_size == 512 and torch.equal(again.decode(tokens), small.decode(tokens, size=(512, 512)))
+    assert load_tokenizer(file, image_size=64, **given).config == small.config
+    for wrong in (0, 100):
+        with pytest.raises(ValueError, match=f'multiple of patch_size, got {wrong} and 16'):
+            load_tokenizer(file, image_size=wrong, **given)
 
 
 # strict in both directions
@@ -393,15 +439,27 @@ def test_a_pipeline_without_its_files_names_the_three(released, hub, missing, mo
         (released / missing).unlink()
     with pytest.raises(FileNotFoundError) as error:
         FlowTokPipeline.from_pretrained('turkeyju/FlowTok' if missing == 'all' else released, variant='xl')
-    for words in ('three files: FlowTok-XL.pth (2.8 GB', 'FlowTiTok_512.bin (1.6 GB', 'open_clip_model.safetensors (1.7 GB)',
-                  'put them into one folder'):
+    for words in ('three files, FlowTok-XL.pth (2.8 GB', 'FlowTiTok_512.bin (1.6 GB', 'put them into one folder',
+                  'open_clip_model.safetensors (1.7 GB)', '' if missing == 'all' else f', which lacks {missing}.'):
         assert words in str(error.value)
+
+
+def test_a_pipeline_with_a_clip_that_is_not_there(released):
+    with pytest.raises(FileNotFoundError, match='There is no file nothing.pt: CLIP weights are'):
+        FlowTokPipeline.from_pretrained(released, 'nothing.pt', 'xl')
 
 
 @pytest.mark.parametrize('name', ['nothing.pth', 'weights/nothing.pth', './a/b', '/a/b/c', 'word'])
 def test_files_that_are_not_there(hub, name):
     with pytest.raises(FileNotFoundError, match='There is no file'):
         load_flowtok(name)
+
+
+def test_a_mistyped_file_of_a_folder_is_not_asked_of_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('a/b').mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match='There is no file a/b/x.pth: give'):
+        load_flowtok('a/b/x.pth')
 
 
 # our own layout
@@ -411,7 +469,7 @@ def test_convert_a_flowtok(tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ['README.md', 'config.json', 'model.safetensors']
     config = from_json((folder / 'config.json').read_text())
     assert config.flow.heads == 4 and config.text.projector_heads == 8 and config.text.activation == 'gelu'
-    assert config.tokenizer.latent_scale == 1.0143
+    assert config.tokenizer.latent_scale == 1.0143 and config.sampling.schedule == 'released'
     for path in (folder, folder / 'model.safetensors', str(folder)):
         again = load_flowtok(path)
         assert same_weights(again, load_flowtok(flow_file, **heads)) and again.config == config

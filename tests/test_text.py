@@ -1,6 +1,7 @@
 "Captions, their features and tokens: definitions written out a second time, checkpoints, and what is refused."
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 
 from flowtok.config import FlowTokConfig, TextConfig, TokenizerConfig, preset
 from flowtok.text import (AlignmentMLP, ClipTextEncoder, ProjectorLayer, TextDecoder, TextProjector,
-                          WordTextEncoder, load_clip, pad_ids, tell_truncation, text_encoder)
+                          WordTextEncoder, from_transformers, load_clip, pad_ids, tell_truncation, text_encoder,
+                          transformers_names)
 
 tiny = preset('tiny')
 
@@ -164,6 +166,35 @@ def test_transformers_gives_the_same_features(small, tmp_path, whole):
     assert torch.equal(ClipTextEncoder(small, tmp_path / 'model.safetensors')(ids), clip(ids))
 
 
+def to_transformers(state):
+    "Tensors of open_clip's text tower by the names of transformers: the map of the chapter, read backwards."
+    found = {}
+    for name, x in state.items():
+        for theirs, ours in reversed(transformers_names.items()):
+            name = name.replace(ours, theirs)
+        parts = {name.replace('.q_proj.', f'.{part}_proj.'): y for part, y in zip('qkv', x.chunk(3))}
+        found |= parts if '.q_proj.' in name else {name: x}
+    return found
+
+
+@torch.no_grad()
+def test_the_same_weights_under_both_names(small):
+    from transformers import CLIPTextConfig, CLIPTextModel
+    clip = ClipTextEncoder(small)
+    for p in clip.tower.parameters():
+        nn.init.normal_(p, std=0.2)
+    state = clip.tower.state_dict()
+    sizes = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=3, intermediate_size=128)
+    theirs = CLIPTextModel(CLIPTextConfig(**sizes, hidden_act='quick_gelu')).eval()
+    prefix = 'text_model.' if any(name.startswith('text_model.') for name in theirs.state_dict()) else ''
+    theirs.load_state_dict({prefix + name: x for name, x in to_transformers(state).items()}, strict=True)
+    ids = clip.tokenize(['a photo of a cat', 'two cats'])
+    features, wanted = clip(ids), theirs(ids).last_hidden_state
+    assert (features - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
+    back = from_transformers(theirs.state_dict())
+    assert back.keys() == state.keys() and all(torch.equal(back[name], x) for name, x in state.items())
+
+
 @torch.no_grad()
 def test_the_real_tower_written_out_and_by_transformers(tmp_path):
     "ViT-L-14-336 at its full size, random weights."
@@ -178,11 +209,30 @@ def test_the_real_tower_written_out_and_by_transformers(tmp_path):
         assert (features - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
 
 
+class Harmful:
+    def __init__(self, file): self.file = file
+    def __reduce__(self): return Path.touch, (self.file,)
+
+
 def test_clip_weights_that_are_none(small, tmp_path, monkeypatch):
     import open_clip
     save_file({'embed.weight': torch.zeros(2)}, tmp_path / 'other.safetensors')
-    with pytest.raises(ValueError, match='other.safetensors does not hold the text tower of CLIP ViT-L-14-336.'):
+    with pytest.raises(ValueError, match='other.safetensors does not hold the text tower of CLIP ViT-L-14-336'):
         ClipTextEncoder(small, tmp_path / 'other.safetensors')
+    whole = ClipTextEncoder(small).tower.state_dict()
+    torch.save(whole, tmp_path / 'cut.pt')
+    (tmp_path / 'cut.pt').write_bytes((tmp_path / 'cut.pt').read_bytes()[:1000])
+    (tmp_path / 'cut.safetensors').write_bytes(b'{"a":')
+    torch.save({'a': Harmful(tmp_path / 'ran')}, tmp_path / 'harmful.pt')
+    torch.save([1], tmp_path / 'list.pt')
+    for name in ('cut.pt', 'cut.safetensors', 'harmful.pt', 'list.pt'):
+        with pytest.raises(ValueError, match=f'{name} does not hold the text tower of CLIP ViT-L-14-336: it'):
+            ClipTextEncoder(small, tmp_path / name)
+    assert not (tmp_path / 'ran').exists()
+    whole['ln_final.bias'][0] = torch.nan
+    torch.save(whole, tmp_path / 'nan.pt')
+    with pytest.raises(ValueError, match='nan.pt holds values that are no finite numbers: ln_final.bias'):
+        ClipTextEncoder(small, tmp_path / 'nan.pt')
     with pytest.raises(FileNotFoundError, match="There is no file .*: CLIP weights are 'openai' or a file"):
         ClipTextEncoder(small, 'laion')
 

@@ -10,11 +10,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
 from flowtok import train as engine
 from flowtok.config import from_json, preset, recipe, stages, to_json
+from flowtok.flow import Share
 from flowtok.model import load_weights
 from flowtok.scenes import write_shards
 from flowtok.stages import Run, change_recipe, plan
@@ -33,7 +36,7 @@ def shards(tmp_path_factory):
 
 
 def short(stage, shards, out, steps=3, **recipe_values):
-    quick = replace(recipe('tiny', stage), steps=steps, batch_size=8, warmup=1, **recipe_values)
+    quick = replace(recipe('tiny', stage), **{'steps': steps, 'batch_size': 8, 'warmup': 1} | recipe_values)
     return Run(stage, preset('tiny'), quick, shards, str(out), log_every=1, save_every=2)
 
 
@@ -143,7 +146,7 @@ def start(run):
     (run.folder).mkdir(parents=True, exist_ok=True)
     (run.folder / 'run.json').write_text(to_json(run))
     return subprocess.Popen([sys.executable, '-m', 'flowtok.train', '--config', str(run.folder / 'run.json'), '--processes', '1'],
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {'OMP_NUM_THREADS': '1'})
+                            stdout=subprocess.DEVNULL, stderr=(run.folder / "errors.txt").open("w"), env=os.environ | {'OMP_NUM_THREADS': '1'})
 
 
 def steps_logged(run):
@@ -193,17 +196,30 @@ def test_two_processes_compute_what_one_does(shards, tmp_path):
     first = dict(engine.stage_classes['text-to-image'](run).trained.named_parameters())
     moved = max((ends[0][name] - p).abs().max().item() for name, p in first.items() if name in ends[0])
     apart = max((a - ends[1][name]).abs().max().item() for name, a in ends[0].items())
-    assert moved > 1e-3 and apart < 1e-5
+    assert moved > 5e-4 and apart < 1e-5, (moved, apart)
 
 
-def test_parts_of_a_batch_add_up(shards, tmp_path):
-    "Captions' cross-entropy without noise in the posterior is a mean over samples, so two halves give the whole."
-    runs = [short('tokenizer', shards, tmp_path / str(parts), steps=1, accumulate=parts, kl_weight=0., ema=0., optimizer='adamw',
-                  precision='fp32', warmup=0, text_drop=1.) for parts in (1, 2)]
-    for run in runs:
-        train(run)
-    a, b = (load_file(run.weights) for run in runs)
-    assert all(torch.allclose(a[name], b[name], atol=1e-2) for name in a)
+class Line(nn.Module):
+    "A stage that fits a line, without randomness."
+    def __init__(self, parts):
+        super().__init__()
+        torch.manual_seed(0)
+        self.trained, self.weights = nn.Linear(3, 1), {'fit': 1.}
+        self.run = plan('text', changes=f'accumulate={parts} optimizer=adamw precision=fp32')
+
+    def forward(self, x, y, share): return {'fit': (self.trained(x) - y).square().mean(1)}
+
+
+def test_parts_of_a_batch_add_up():
+    x, y, ends = torch.randn(8, 3), torch.randn(8, 1), []
+    for parts in (1, 2, 4):
+        stage, accelerator = Line(parts), Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(stage, torch.optim.SGD(stage.trained.parameters(), .1))
+        before = stage.trained.weight.detach().clone()
+        engine.take_step(accelerator, model, stage, [optimizer], (x, y), Share(), 1.)
+        ends.append(stage.trained.weight.detach())
+        assert (ends[-1] - before).abs().max() > 1e-3
+    assert all(torch.allclose(end, ends[0], atol=1e-6) for end in ends)
 
 
 def test_a_step_without_finite_gradients_is_skipped_and_counted(shards, tmp_path, monkeypatch):
@@ -238,6 +254,7 @@ def test_fine_tuning_starts_from_the_averages_of_a_training(shards, tmp_path):
     train(first)
     second = replace(short('tokenizer', shards, tmp_path / 'second', steps=1, warmup=5), init=first.out)
     _, stage = engine.begin(second)
+    AcceleratorState._reset_state(reset_partial_state=False)
     assert all(torch.equal(stage.trained.state_dict()[name], x) for name, x in load_file(first.weights).items())
 
 
