@@ -151,13 +151,16 @@ class TokenizerStage(Stage):
     def __init__(self, run: Run):
         super().__init__(run)
         self.trained = ImageTokenizer(run.config)
-        self.objective = TokenizerObjectiveConfig(run.recipe.kl_weight, run.recipe.edge_weight)
-        self.weights = self.objective.weights
+        r = run.recipe
+        self.objective = TokenizerObjectiveConfig(r.kl_weight, r.edge_weight, r.perceptual_weight, r.convnext_share,
+                                                  r.gan_weight, r.gan_start, r.lecam_weight)
+        self.weights, self.critical = self.objective.weights, bool(r.perceptual_weight or r.gan_weight)
 
     def forward(self, images: Tensor, ids: Tensor, share: Share) -> dict[str, Tensor]:
         without = draw(torch.rand, (), share) < self.run.recipe.text_drop
         text = None if without else self.features(ids)
-        return tokenizer_terms(self.trained, images, text, objective=self.objective, generator=share)
+        return tokenizer_terms(self.trained, images, text, objective=self.objective, generator=share,
+                               keep_decoded=self.critical)
 
     def pictures(self, images: Tensor, ids: Tensor) -> Tensor:  # originals above, decoded without text below
         decoded = self.trained.decode(self.trained.encode(images).mean, size=tuple(images.shape[2:]))

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_SKIPPED', 'rate_factor', 'make_optimizers', 'Ema', 'seed_of', 'Noise', 'save_state', 'checkpoints',
            'newest_state', 'everywhere', 'training_state', 'restore', 'save_checkpoint', 'Stopped', 'StopSign',
-           'take_step', 'Batches', 'Log', 'step_values', 'show_progress', 'progress_line', 'cpu_has_bf16', 'begin',
-           'finish', 'train', 'check_skipped', 'loop', 'cache_tokens', 'scenes_for', 'parser', 'runs_of', 'carry_out',
-           'main']
+           'Critics', 'take_step', 'Batches', 'Log', 'step_values', 'show_progress', 'progress_line', 'cpu_has_bf16',
+           'begin', 'finish', 'train', 'check_skipped', 'loop', 'cache_tokens', 'scenes_for', 'parser', 'runs_of',
+           'carry_out', 'main']
 
 # %% ../nbs/09_train.ipynb #1c4ab31f
 import argparse
@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import Recipe, from_json, phases, presets, stages, to_json
+from .critics import TokenizerCritics, find_perceptual
 from .data import find_shards, read_samples, to_images, to_pixels, write_token_cache
 from .flow import Share
 from .model import load_weights, save_weights
@@ -173,7 +174,7 @@ def everywhere(value) -> list:  # the values of all processes, in order
     return values
 
 
-def training_state(stage: Stage, ema: Ema, optimizers, batches, accelerator, step: int) -> dict:
+def training_state(stage: Stage, ema: Ema, optimizers, critics, batches, accelerator, step: int) -> dict:
     "All that the next step depends on, gathered from all processes; complete in the first one."
     for optimizer in optimizers:                                           # accelerate's, around the real one
         if hasattr(optimizer.optimizer, 'consolidate_state_dict'):
@@ -183,7 +184,7 @@ def training_state(stage: Stage, ema: Ema, optimizers, batches, accelerator, ste
         return {}
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
     return {'step': step, 'weights': stage.trained.state_dict(), 'mean': ema.mean, 'position': position,
-            'scaler': scaler, 'optimizers': [optimizer.state_dict() for optimizer in optimizers]}
+            'scaler': scaler, 'critics': critics.state() if critics else {}, 'optimizers': [optimizer.state_dict() for optimizer in optimizers]}
 
 
 def restore(state: dict, stage: Stage, ema: Ema, optimizers):
@@ -231,6 +232,40 @@ class StopSign:
         dist.all_reduce(asked, dist.ReduceOp.MAX, group)
         return int(asked)
 
+# %% ../nbs/09_train.ipynb #4430db42
+class Critics:
+    "What judges the tokenizer's pictures, and how it learns itself."
+
+    def __init__(self, run: Run, stage: Stage, accelerator, state: dict | None):
+        r = self.recipe = run.recipe
+        wanted = stage.objective.perceptual_networks if r.perceptual_weight else ()
+        networks, self.missing = find_perceptual(wanted)
+        self.of = TokenizerCritics(stage.objective, networks).to(accelerator.device)
+        self.weights, self.judge, self.optimizer = self.of.weights, None, None
+        if self.of.adversary:
+            optimizer = torch.optim.AdamW(self.of.adversary.parameters(), r.gan_learning_rate, r.betas, weight_decay=r.weight_decay)
+            if state:
+                self.of.load_state_dict(state['weights'])
+                optimizer.load_state_dict(state['optimizer'])
+            self.judge, self.optimizer = accelerator.prepare(self.of.adversary, optimizer)
+
+    def learn(self, accelerator, images: Tensor, decoded: Tensor, step: int) -> dict[str, Tensor]:  # for the log
+        "One step of the discriminator."
+        r = self.recipe
+        course = replace(r, steps=max(1, r.steps - r.gan_start))
+        for group in self.optimizer.param_groups:
+            group['lr'] = r.gan_learning_rate * rate_factor(step - r.gan_start, course)
+        terms = self.judge(images, decoded)
+        accelerator.backward(total(terms, self.of.adversary_weights))
+        accelerator.clip_grad_norm_(self.judge.parameters(), 1.)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return terms
+
+    def state(self) -> dict:
+        "What the next step of the critics depends on."
+        return {'weights': self.of.state_dict(), 'optimizer': self.optimizer.state_dict()} if self.judge is not None else {}
+
 # %% ../nbs/09_train.ipynb #a30c71a4
 def take_step(
     accelerator,  # accelerate.Accelerator
@@ -240,13 +275,18 @@ def take_step(
     batch: tuple[Tensor, ...],  # rows of this process, on the device
     share: Share,  # of the randomness
     rate: float,  # share of the highest learning rate
+    critics: Critics | None = None,  # of the tokenizer
+    step: int = 0,  # from 0
 ) -> dict[str, Tensor] | None:  # the terms, detached, with 'loss'; None where the gradients were not finite
-    "One optimiser step."
-    parts = stage.run.recipe.accumulate
+    "One optimiser step, and one of the discriminator where there is one."
+    parts, weights = stage.run.recipe.accumulate, stage.weights | (critics.weights if critics else {})
     for i in range(parts):
         with nullcontext() if i + 1 == parts else accelerator.no_sync(model):
             terms = model(*(x[i::parts] for x in batch), share)
-            loss = total(terms, stage.weights)
+            if critics:
+                seen = batch[0][i::parts], terms.pop('decoded')
+                terms |= critics.of.generator_terms(*seen, step)
+            loss = total(terms, weights)
             accelerator.backward(loss / parts)
     norm = accelerator.clip_grad_norm_(stage.trained.parameters(), stage.run.recipe.clip or math.inf)
     finite = bool(torch.isfinite(norm))
@@ -256,6 +296,8 @@ def take_step(
         if finite or accelerator.scaler is not None:
             optimizer.step()
         optimizer.zero_grad()
+    if critics and finite and critics.of.active(step):
+        terms |= critics.learn(accelerator, *seen, step)
     return {name: term.detach() for name, term in terms.items()} | {'loss': loss.detach()} if finite else None
 
 # %% ../nbs/09_train.ipynb #38a7e3d7
@@ -460,6 +502,7 @@ def loop(run: Run, stop: StopSign, tell):
     if state['step']:
         restore(state, stage, ema, optimizers)
     model, *optimizers = accelerator.prepare(stage, *optimizers, device_placement=[True] + [False] * len(optimizers))
+    critics = Critics(run, stage, accelerator, state.get('critics')) if getattr(stage, 'critical', False) else None
     if accelerator.scaler is not None and state.get('scaler'):
         accelerator.scaler.load_state_dict(state['scaler'])
     share = accelerator.process_index, accelerator.num_processes
@@ -468,11 +511,14 @@ def loop(run: Run, stop: StopSign, tell):
     log = shown = None
     if accelerator.is_main_process:
         log, shown = Log(run.folder / 'log.jsonl', start), next(Batches(run, stage, accelerator.device, batch_size=16))
+        for sentence in critics.missing if critics else ():
+            print(sentence, file=sys.stderr)
+            log.write(step=start, missing=sentence)
     del state
     noise, began, skipped, in_a_row = Noise(run, accelerator), time.time(), 0, 0
     for step in range(start + 1, run.recipe.steps + 1):
         terms = take_step(accelerator, model, stage, optimizers, next(batches), noise.of_step(step),
-                          rate_factor(step - 1, run.recipe))
+                          rate_factor(step - 1, run.recipe), critics, step - 1)
         in_a_row = 0 if terms else in_a_row + 1
         skipped += not terms
         check_skipped(run, in_a_row, step)
@@ -489,7 +535,7 @@ def loop(run: Run, stop: StopSign, tell):
                 show_progress(stage, ema, shown, step, log)
         asked = stop.seen(group)
         if step < run.recipe.steps and (asked or step % run.save_every == 0):
-            everything = training_state(stage, ema, optimizers, batches, accelerator, step)
+            everything = training_state(stage, ema, optimizers, critics, batches, accelerator, step)
             if log:
                 save_checkpoint(run, **everything)
         if asked and step < run.recipe.steps:

@@ -218,6 +218,7 @@ def test_parts_of_a_batch_add_up():
         before = stage.trained.weight.detach().clone()
         engine.take_step(accelerator, model, stage, [optimizer], (x, y), Share(), 1.)
         ends.append(stage.trained.weight.detach())
+        AcceleratorState._reset_state(reset_partial_state=False)
         assert (ends[-1] - before).abs().max() > 1e-3
     assert all(torch.allclose(end, ends[0], atol=1e-6) for end in ends)
 
@@ -331,3 +332,21 @@ def test_two_processes_stop_and_go_on(shards, tmp_path):
 def test_first_stage_missing_says_what_to_do(shards, tmp_path):
     with pytest.raises(FileNotFoundError, match='train this stage first'):
         train(short('text-to-image', shards, tmp_path))
+
+
+def test_the_tokenizer_has_critics_and_says_which_are_missing(shards, tmp_path, monkeypatch):
+    "A discriminator from the third step on, no files of perceptual networks; stopped and resumed to the same weights."
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    real = engine.TokenizerCritics
+    monkeypatch.setattr(engine, 'TokenizerCritics', lambda *words: real(*words, width=8, depth=2))
+    critical = dict(steps=5, perceptual_weight=1.1, convnext_share=.1, gan_weight=.1, gan_start=2, gan_learning_rate=1e-3, lecam_weight=1e-3)
+    whole, parts = (short('tokenizer', shards, tmp_path / name, **critical) for name in ('whole', 'parts'))
+    train(whole)
+    lines = [json.loads(line) for line in (whole.folder / 'log.jsonl').read_text().splitlines()]
+    assert sum('missing' in line for line in lines) == 2 and 'vgg16-397923af.pth' in lines[0]['missing']
+    assert ['discriminator' in line for line in lines if 'loss' in line] == [False, False, True, True, True]
+    assert [line['adversarial'] == 0 for line in lines if 'loss' in line] == [True, True, False, False, False]
+    with pytest.raises(Stopped):
+        train(parts, end_at(4, signal.SIGTERM))
+    train(parts)
+    assert whole.weights.read_bytes() == parts.weights.read_bytes()
