@@ -11,7 +11,7 @@ from flowtok.config import preset, stages
 from flowtok.pipeline import FlowTokPipeline
 from flowtok.results import read_record
 
-smoke = {'train': {}, 'quickstart': {'steps': 4, 'samples': 32, 'num_inference_steps': 2}}
+smoke = {'train': {}, 'cluster': {'seconds': .1, 'samples': 500}, 'quickstart': {'steps': 4, 'samples': 32, 'num_inference_steps': 2}}
 
 
 def papermill(name, folder, *words):
