@@ -6,24 +6,28 @@
 __all__ = ['IMAGE_ENDINGS', 'TABLES', 'IMAGE_COLUMNS', 'CAPTION_COLUMNS', 'FILE_ENDINGS', 'AHEAD', 'SETS', 'Picture', 'read_json',
            'image_folder', 'coco_pictures', 'mjhq_pictures', 'folder_pictures', 'number_or_text', 'read_rows',
            'find_column', 'table_pictures', 'Dropped', 'shrink', 'pack_image', 'is_inside', 'read_captions',
-           'make_sample', 'stats_path', 'is_done', 'pack_shard', 'follow_parent', 'worker_pool', 'make_samples',
-           'check_request', 'list_reasons', 'finish', 'convert_pictures', 'make_parser', 'list_pictures', 'main']
+           'make_sample', 'stats_path', 'is_done', 'pack_shard', 'follow_parent', 'shared_map', 'check_request',
+           'list_reasons', 'finish', 'convert_pictures', 'make_parser', 'list_pictures', 'main']
 
-# %% ../nbs/16_shards.ipynb #b8017751
+# %% ../nbs/16_shards.ipynb #5e54e3fb
 import argparse
 import csv
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -307,39 +311,46 @@ def pack_shard(
                  status_dict={'success': successes, **reasons}, dropped=dropped)
     write_atomically(stats_path(shard), json.dumps(stats))
 
-# %% ../nbs/16_shards.ipynb #32f13142
+# %% ../nbs/16_shards.ipynb #4f298d8b
 AHEAD = 256  # pictures that are made before they are written
 
 
 def follow_parent() -> None:
     "Leave Ctrl-C to the process that started this one, and end with it."
-    import multiprocessing
-    import signal
-    import threading
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def worker_pool(processes: int):
-    "A context of so many processes, or of None where one is enough."
-    import multiprocessing
+@contextmanager
+def shared_map(
+    processes: int,  # more than one are started from the main thread only
+) -> Iterator[Callable]:  # like `map`, in the same order
+    "A `map` over a list, shared among processes; Ctrl-C is heard between two results."
+    pressed = []
+
+    def spread(function, items):
+        for i in range(0, len(items), AHEAD):
+            for result in pool.map(function, items[i:i + AHEAD], chunksize=8):
+                if pressed:
+                    raise KeyboardInterrupt
+                yield result
+
     if processes == 1:
-        return nullcontext()
-    return ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), follow_parent)
-
-
-def make_samples(
-    pictures: list[Picture],
-    make: Callable,  # `make_sample` with its folder and size
-    pool,  # from `worker_pool`
-) -> Iterator[dict | str]:  # in order
-    "The samples of some pictures, by this process or by several."
-    if pool is None:
-        yield from map(make, pictures)
-    else:
-        for i in range(0, len(pictures), AHEAD):
-            yield from pool.map(make, pictures[i:i + AHEAD], chunksize=8)
+        yield map
+        return
+    resource_tracker.ensure_running()               # later, it would let the signal through again
+    handler = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})             # inherited, until `follow_parent` runs
+    try:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), follow_parent) as pool:
+            for _ in range(processes):
+                pool.submit(abs, 0)                                              # starts one
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            yield spread
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
 
 # %% ../nbs/16_shards.ipynb #61c7c314
 def check_request(
@@ -367,7 +378,7 @@ def list_reasons(counts: dict) -> str:
     "The pictures left out, by reason, in words."
     return ', '.join(f'{reason} {n:,}' for reason, n in counts.items() if reason != 'kept')
 
-# %% ../nbs/16_shards.ipynb #de0fda40
+# %% ../nbs/16_shards.ipynb #8e9629b0
 def finish(
     out: Path,
     plan: dict,  # what plan.json holds
@@ -383,13 +394,13 @@ def finish(
         for note in (out / 'plan.json', *map(stats_path, pieces)):
             note.unlink()
         raise ValueError(f"No picture of {plan['name']} can be kept: {list_reasons(counts)}.")
-    for part in out.glob('.*.tar-*'):
+    for part in (*out.glob('.*.tar-*'), *out.glob('.*.json-*')):
         part.unlink(missing_ok=True)
     source = {**plan, 'shards': sum(shard.exists() for shard in pieces), **data_identity(plan['name'], counts, kept)}
     write_atomically(out / 'source.json', json.dumps(source))
     return source
 
-# %% ../nbs/16_shards.ipynb #2f5be3dd
+# %% ../nbs/16_shards.ipynb #3dbc0597
 def convert_pictures(
     name: str,  # of the set, for source.json
     pictures: list[Picture],  # in the order in which they are written
@@ -414,11 +425,11 @@ def convert_pictures(
         if progress and len(left) < len(pieces):
             print(f"{len(pieces) - len(left):,} of {len(pieces):,} shards in {out} are there already; "
                   "to convert them again, remove the folder.")
-        bar = tqdm(total=sum(len(pieces[shard]) for shard in left), desc=name, unit=' pictures', mininterval=1,
-                   ascii=True, disable=not (progress and left))
-        with bar, worker_pool(processes if left else 1) as pool:
+        options = dict(desc=name, unit=' pictures', mininterval=1, ascii=True, disable=not (progress and left))
+        total = sum(len(pieces[shard]) for shard in left)
+        with shared_map(processes if left else 1) as mapped, tqdm(total=total, **options) as bar:
             for shard in left:
-                pack_shard(shard, pieces[shard], make_samples(pieces[shard], make, pool), bar.update)
+                pack_shard(shard, pieces[shard], mapped(make, pieces[shard]), bar.update)
         return finish(out, plan, pieces)
     except OSError as error:
         raise OSError(f"Folder {out} cannot be written: {error.strerror or error}.") from None

@@ -249,7 +249,7 @@ def test_a_stopped_conversion_goes_on(here, monkeypatch, where):
     with pytest.raises(SystemExit, match='Stopped. The finished shards in a stay'): shards_of(*words)
     left = {'00000.tar', '00000_stats.json', 'plan.json'} | ({'00001.tar'} if where == 'write_atomically' else set())
     assert set(contents(here / 'a')) == left
-    save(here / 'a/.00001.tar-123', b'what a killed conversion leaves')
+    for name in ('.00001.tar-123', '.00001_stats.json-123'): save(here / 'a' / name, b'what a killed conversion leaves')
     before = (here / 'a/00000.tar').stat().st_mtime_ns
     monkeypatch.undo()
     monkeypatch.chdir(here)
@@ -259,9 +259,9 @@ def test_a_stopped_conversion_goes_on(here, monkeypatch, where):
     assert contents(here / 'a') == contents(here / 'b')
 
 
-@pytest.mark.skipif(os.name != 'posix', reason='needs signals and /proc')
-@pytest.mark.parametrize('sent', [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_conversion_leaves_no_process_and_goes_on(here, sent):
+@pytest.mark.parametrize('sent, after', [(signal.SIGKILL, '00000.tar'), (signal.SIGINT, '00000.tar'),
+                                         (signal.SIGINT, 'plan.json')])
+def test_a_killed_conversion_leaves_no_process_and_goes_on(here, sent, after):
     data = picture_bytes(size=(400, 300))
     for i in range(600):
         save(here / f'many/{i:03d}.jpg', data)
@@ -270,7 +270,7 @@ def test_a_killed_conversion_leaves_no_process_and_goes_on(here, sent):
     run = subprocess.Popen([sys.executable, '-m', 'flowtok.shards', *words, '2'], stderr=subprocess.PIPE, text=True,
                            start_new_session=True)
     deadline = time.time() + 60
-    while not (here / 'a/00000.tar').exists() and run.poll() is None and time.time() < deadline: time.sleep(.01)
+    while not (here / 'a' / after).exists() and run.poll() is None and time.time() < deadline: time.sleep(.01)
     os.kill(run.pid, sent) if sent == signal.SIGKILL else os.killpg(run.pid, sent)
     try: told = run.communicate(timeout=60)[1]      # ends only when every process has closed its end
     except subprocess.TimeoutExpired:
