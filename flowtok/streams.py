@@ -100,11 +100,12 @@ def open_image(
     "Read an image file of any kind, or skip it."
     import io
 
-    from PIL import Image
+    from PIL import Image, ImageOps
     try:
         image = Image.open(io.BytesIO(data))
         if min(image.size) < MIN_SIDE or image.size[0] * image.size[1] > MAX_PIXELS:
             raise Skip('picture too small' if min(image.size) < MIN_SIDE else 'picture too large')
+        image = ImageOps.exif_transpose(image)       # as the camera was held
         if image.mode in ('I', 'F') or image.mode.startswith('I;16'):
             image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
         if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:

@@ -108,6 +108,12 @@ def test_pictures_of_every_kind_become_rgb(mode, colour, kind, seen):
     assert image.mode == 'RGB' and (seen is None or np.abs(np.array(image.getpixel((0, 0))) - seen).max() <= 2)
 
 
+def test_pictures_are_turned_as_the_camera_was_held():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert open_image(picture((40, 30), kind='JPEG', exif=exif)).size == (30, 40)
+
+
 def test_of_animations_the_first_frame_is_taken():
     frames = [Image.new('RGB', (20, 20), colour) for colour in ('red', 'blue')]
     file = io.BytesIO()
