@@ -171,7 +171,7 @@ def kill_and_go_on(run, kills, seed=0):
 @pytest.mark.parametrize('kills, steps', [(3, 40), pytest.param(10, 120, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_the_weights_are_the_same_to_the_bit(kills, steps, shards, tmp_path):
     whole, killed = (replace(short('text', shards, tmp_path / name, steps=steps), save_every=4, workers=2) for name in ('whole', 'killed'))
-    train(whole)
+    assert start(whole).wait() == 0                              # as many threads as the killed one has
     kill_and_go_on(killed, kills)
     assert whole.weights.read_bytes() == killed.weights.read_bytes()
     lines = [json.loads(line) for line in (killed.folder / 'log.jsonl').read_text().splitlines()]
