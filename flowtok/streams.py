@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['resolution', 'paper_sources', 'MAX_PIXELS', 'MIN_SIDE', 'MAX_CAPTION', 'Source', 'find_sources', 'shard_names',
            'Skip', 'open_image', 'caption_of', 'about_of', 'ImageReader', 'TokenReader', 'shuffled', 'shard_samples',
-           'Stream', 'largest_divisor', 'Rows', 'as_it_is', 'open_batches']
+           'Stream', 'largest_divisor', 'Rows', 'as_it_is', 'leave_with_parent', 'open_batches']
 
 # %% ../nbs/08a_streams.ipynb #ea366978
 import json
 import os
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -291,6 +293,18 @@ class Rows:
 
 def as_it_is(x): return x
 
+
+def leave_with_parent(worker: int):
+    "Let a worker end when its training process is gone, however that ended."
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
 # %% ../nbs/08a_streams.ipynb #91d88ffa
 class open_batches:
     "Endless batches of this process's rows."
@@ -329,7 +343,7 @@ class open_batches:
             def __iter__(self): return iter(rows)
 
         return DataLoader(Reading(), batch_size=None, num_workers=workers, collate_fn=as_it_is, prefetch_factor=2,
-                          multiprocessing_context='fork' if hasattr(os, 'fork') else None)
+                          worker_init_fn=leave_with_parent, multiprocessing_context='fork' if hasattr(os, 'fork') else None)
 
     def __iter__(self): return self
 

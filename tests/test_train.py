@@ -178,6 +178,32 @@ def test_killed_at_any_moment_the_weights_are_the_same_to_the_bit(kills, steps, 
     assert sorted({line['step'] for line in lines}) == list(range(1, steps + 1))
 
 
+@pytest.mark.skipif(not os.path.isdir('/proc'), reason='asks Linux for its processes')
+def test_a_killed_run_leaves_no_workers_behind(shards, tmp_path):
+    def alive(run):
+        "Processes whose command line names this run."
+        found = []
+        for path in os.listdir('/proc'):
+            try:
+                words = open(f'/proc/{path}/cmdline').read() if path.isdigit() else ''
+            except OSError:
+                continue
+            found += [path] if str(run.folder / 'run.json') in words else []
+        return found
+
+    run = replace(short('text', shards, tmp_path, steps=500), workers=2)
+    process = start(run)
+    while process.poll() is None and steps_logged(run) < 3:
+        time.sleep(.01)
+    assert len(alive(run)) == 3
+    process.kill()
+    process.wait()
+    deadline = time.time() + 20
+    while alive(run) and time.time() < deadline:
+        time.sleep(.1)
+    assert not alive(run)
+
+
 def test_two_processes_compute_what_one_does(shards, tmp_path):
     "Text to image, whose alignment loss and exchanged targets look at the whole batch."
     one, two = tmp_path / 'one', tmp_path / 'two'
