@@ -205,7 +205,8 @@ class FlowStage(Stage):
     @property
     def reader(self):
         "How a sample of the token cache becomes moments and a caption."
-        return TokenReader(self.run.config.tokenizer.token_dim, first=not self.from_text)
+        tokens = self.run.config.tokenizer
+        return TokenReader(tokens.token_dim, first=not self.from_text, num_tokens=tokens.num_tokens)
 
     def first(self, x): return x
 

@@ -11,6 +11,7 @@ __all__ = ['MAX_SKIPPED', 'rate_factor', 'make_optimizers', 'Ema', 'seed_of', 'N
 
 # %% ../nbs/09_train.ipynb #1c4ab31f
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -29,9 +30,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .cache import write_token_cache
 from .config import Recipe, from_json, phases, presets, stages, to_json
 from .critics import TokenizerCritics, find_perceptual
-from .data import find_shards, read_samples, to_images, to_pixels, write_token_cache
+from .data import to_images, to_pixels
 from .flow import Share
 from .model import load_weights, save_weights
 from .objective import loss_by_time_bin, total
@@ -556,14 +558,15 @@ def cache_tokens(
 ) -> Path:  # its folder
     "Encode the data once with the finished tokenizer."
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    tokenizer = load_weights(ImageTokenizer(run.config), weights_file(run.out, 'tokenizer')).eval().to(device)
+    file = weights_file(run.out, 'tokenizer')
+    tokenizer = load_weights(ImageTokenizer(run.config), file).eval().to(device)
 
     def encode(pixels):
         posterior = tokenizer.encode(to_images(pixels).to(device))
         return torch.cat([posterior.mean, posterior.logvar], -1).cpu().numpy()
 
-    samples = read_samples(find_shards(run.data), shuffle=0)
-    return write_token_cache(samples, encode, run.cache, run.config.tokenizer.image_size, progress=progress)
+    return write_token_cache(find_sources(run.data), encode, run.cache, run.config.tokenizer.image_size, workers=run.workers,
+                             tokenizer=hashlib.sha256(file.read_bytes()).hexdigest()[:16], progress=progress)
 
 # %% ../nbs/09_train.ipynb #ad9a4439
 def scenes_for(out: str | Path, config, n: int) -> str:  # a folder of shards

@@ -1,53 +1,103 @@
-"""Shards, batches and the token cache: what 08_data promises and its lessons do not show."""
+"""Shards and samples: what 08_data promises and its lessons do not show."""
+import gzip
 import io
 import json
+import tarfile
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import webdataset as wds
+from made import picture, saved, write
 from PIL import Image
 
-from flowtok.data import (captions_of, decode_image, find_shards, image_bytes, read_moments, read_samples,
-                          to_images, to_pixels, write_token_cache)
+from flowtok.data import (Skip, captions_of, decode_image, find_shards, image_bytes, read_samples, read_shard,
+                          to_images, to_pixels)
 
 
-def png(height, width, seed=0, mode='RGB'):
-    file = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).convert(mode).save(file, 'png')
-    return file.getvalue()
+def test_shards_by_every_kind_of_name(folder, tmp_path):
+    five = [str(folder / f'{k:05d}.tar') for k in range(5)]
+    assert find_shards(folder) == find_shards(folder / '*.tar') == find_shards(f'{folder}/{{00000..00004}}.tar') == five
+    assert find_shards(five[0]) == five[:1]
+    assert find_shards('https://example.org/{0..2}.tar') == [f'https://example.org/{i}.tar' for i in range(3)]
+    assert len(find_shards(f'{folder}/{{00000..00009}}.tar')) == 10              # gaps are counted when visited
+    odd = tmp_path / 'a [b]'
+    write(odd / '0.tar', [{'txt': b'a'}])
+    assert len(find_shards(odd)) == 1
+    for nowhere in (tmp_path / 'none', tmp_path, tmp_path / '{0..3}.tar'):
+        with pytest.raises(FileNotFoundError, match='No shards at'):
+            find_shards(nowhere)
 
 
-@pytest.fixture
-def shards(tmp_path):
-    for shard in range(3):
-        with wds.TarWriter(str(tmp_path / f'{shard:05d}.tar')) as sink:
-            for i in range(10):
-                key = shard * 10 + i
-                sink.write({'__key__': f'{key:09d}', 'png': png(16, 16, key), 'txt': f'number {key}'.encode()})
-    return find_shards(tmp_path)
+def test_pipes_are_read_and_their_failures_counted(folder):
+    faults = Counter()
+    assert len(list(read_samples(find_shards(f'pipe:cat {folder}/{{00000..00001}}.tar'), faults))) == 14 and not faults
+    assert not list(read_samples(['pipe:cat nowhere/at/all 2>/dev/null', 'http://127.0.0.1:9/0.tar'][:1], faults))
+    assert faults == {'shard: missing': 1}
 
 
-def test_processes_share_an_ordered_reading(shards):
-    seen = [sample['__key__'] for rank in range(2) for sample in read_samples(shards, shuffle=0, rank=rank, world_size=2)]
-    assert sorted(seen) == [f'{i:09d}' for i in range(30)]
+
+def test_captions_from_every_place():
+    as_json = lambda **facts: {'json': json.dumps(facts).encode()}
+    assert captions_of({'txt': b' a\n', **as_json(caption='b')}) == ['a']
+    assert captions_of({'txt': b'a', **as_json(captions=['b', '', None, 3, 'c'])}) == ['b', 'c']
+    assert captions_of({'txt': b'', **as_json(caption='b')}) == captions_of(as_json(caption='b')) == ['b']
+    assert captions_of({'txt': b'a', 'alt': b'b', **as_json(title='c')}, 'title') == ['c']
+    assert captions_of({'txt': b'a', 'alt': b'b'}, 'alt') == ['b']
+    assert captions_of(as_json(caption='half \ud83d')) == ['half ?']
+    for sample, reason in [({'png': b''}, 'no caption'), ({'txt': b'a', **as_json()}, 'no caption'),
+                           ({'txt': b' '}, 'empty caption'), (as_json(captions=[]), 'empty caption')]:
+        with pytest.raises(Skip, match=reason):
+            captions_of(sample, 'title' if sample.get('txt') == b'a' else '')
+    with pytest.raises(Skip, match='no picture'):
+        image_bytes({'__key__': 'k', 'txt': b'a'})
 
 
-def test_shuffled_reading_repeats_and_differs(shards):
-    def keys(**how):
-        return [sample['__key__'] for _, sample in zip(range(60), read_samples(shards, shuffle=8, **how))]
-    assert keys(seed=1) == keys(seed=1)
-    assert keys(seed=1) != keys(seed=2) and keys(seed=1) != keys(seed=1, rank=1)
-
-
-@pytest.mark.parametrize('mode', ['RGB', 'L', 'P', 'RGBA', 'CMYK'])
-@pytest.mark.parametrize('shape', [(16, 16), (9, 40), (40, 9), (7, 8)])
+@pytest.mark.parametrize('mode', ['RGB', 'L', '1', 'P', 'RGBA', 'LA', 'CMYK', 'I;16'])
+@pytest.mark.parametrize('shape', [(16, 16), (9, 40), (40, 9), (8, 8)])
 def test_any_picture_fits(mode, shape):
-    file = io.BytesIO()
+    file, repairs = io.BytesIO(), set()
     Image.new(mode, shape[::-1]).save(file, 'tiff' if mode == 'CMYK' else 'png')
-    assert decode_image(file.getvalue(), 16).shape == (16, 16, 3)
+    assert decode_image(file.getvalue(), 16, repairs=repairs).shape == (16, 16, 3)
     assert decode_image(file.getvalue(), 16, np.random.default_rng(0)).shape == (16, 16, 3)
+    assert repairs == (set() if mode == 'RGB' else {f'picture in {mode}'})
+
+
+def test_strange_pictures_keep_their_colours():
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    assert (decode_image(saved(Image.fromarray(grey * 257)), 16) == grey[..., None]).all()   # 16 bits, not clipped
+    clear = Image.new('RGBA', (16, 16), (0, 0, 0, 0))
+    assert (decode_image(saved(clear), 16) == 255).all()                                     # white, not black
+    half = Image.new('RGBA', (16, 16), (255, 0, 0, 128))
+    assert (decode_image(saved(half), 16)[0, 0] == (255, 127, 127)).all()
+    palette = Image.new('P', (16, 16))
+    palette.putpalette([10, 20, 30])
+    assert (decode_image(saved(palette), 16)[0, 0] == (10, 20, 30)).all()
+    assert (decode_image(saved(palette, transparency=0), 16) == 255).all()
+    ink = Image.new('CMYK', (16, 16), (0, 255, 255, 0))
+    assert np.abs(decode_image(saved(ink, 'jpeg'), 16)[0, 0].astype(int) - (255, 0, 0)).max() < 3
+    red, blue = Image.new('RGB', (16, 16), 'red'), Image.new('RGB', (16, 16), 'blue')
+    for kind in ('gif', 'webp', 'png'):
+        repairs = set()
+        moving = saved(red, kind, save_all=True, append_images=[blue], **({'lossless': True} if kind == 'webp' else {}))
+        assert (decode_image(moving, 16, repairs=repairs)[0, 0] == (255, 0, 0)).all()
+        assert 'first picture of several' in repairs
+
+
+def test_photographs_are_turned_as_the_camera_was_held():
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                             # a quarter turn
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:, :8] = 255
+    turned = decode_image(saved(Image.fromarray(pixels), 'jpeg', exif=exif, quality=95), 16)
+    assert (turned[:8] > 250).all() and (turned[8:] < 5).all()
+
+
+def test_only_the_named_formats_are_opened():
+    for strange in (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n', saved(Image.new('RGB', (16, 16)), 'ppm')):
+        with pytest.raises(Skip, match='not a picture'):
+            decode_image(strange, 16)
 
 
 def test_pixels_round_as_the_released_evaluation_does():
@@ -57,23 +107,45 @@ def test_pixels_round_as_the_released_evaluation_does():
     assert (to_pixels(to_images(pixels)) == pixels).all()
 
 
-def test_sample_without_image_or_caption_is_named(shards):
-    with pytest.raises(ValueError, match='k holds no image'):
-        image_bytes({'__key__': 'k', 'txt': b'a'})
-    with pytest.raises(ValueError, match='k holds no caption'):
-        captions_of({'__key__': 'k', 'png': b''})
-    assert captions_of({'json': json.dumps({'caption': 'a'}).encode()}) == ['a']
+ok = picture(32, 32)
 
 
-def test_token_cache_round_trip_and_reuse(shards, tmp_path):
-    def encode(pixels):
-        return pixels.reshape(len(pixels), 8, -1)[:, :, :6] / 255.
-    folder = write_token_cache(read_samples(shards, shuffle=0), encode, tmp_path / 'cache', 16, batch_size=7)
-    first = next(read_samples(find_shards(folder), shuffle=0))
-    pixels = decode_image(next(read_samples(shards, shuffle=0))['png'], 16)
-    assert len(first['token.npy']) == 2 * 8 * 6
-    assert np.abs(read_moments(first, 3) - encode(pixels[None])[0]).max() < 1e-3
-    def never(pixels):
-        raise AssertionError('a finished cache was written again')
-    write_token_cache(read_samples(shards, shuffle=0), never, folder, 16)
+def damage(tmp_path):
+    "Shards with a fault each: name -> what is counted, how many samples are left"
+    samples = [{'png': ok, 'txt': b'a'}] * 6
+    whole = Path(write(tmp_path / 'whole.tar', samples)).read_bytes()
+    member = 512 + (len(ok) + 511) // 512 * 512 + 1024                           # png and txt of a sample, with headers
+    contents = {
+        'empty': (b'', 'shard: empty', 0), 'no members': (bytes(10240), 'shard: empty', 0),
+        'letter': (b'Dear Sir or Madam, ' * 500, 'shard: broken', 0),
+        'cut in a file': (whole[:member * 3 + 700], 'shard: broken', 2),
+        'cut in a header': (whole[:member * 3 + 100], 'shard: broken', 2),
+        'cut between files': (whole[:member * 3], 'shard: broken', 2),
+        'noise inside': (whole[:member * 2] + b'\xff' * 512 + whole[member * 2 + 512:], 'shard: broken', 1),
+        'gz cut': (gzip.compress(whole)[:3000], 'shard: broken', None)}
+    for name, (content, *_) in contents.items():
+        (tmp_path / f'{name}.tar').write_bytes(content)
+    return {name: told for name, (_, *told) in contents.items()} | {'lost': ['shard: missing', 0]}
 
+
+def test_damaged_shards_give_what_they_can_and_are_counted(tmp_path):
+    for name, (reason, left) in damage(tmp_path).items():
+        counts = Counter()
+        read = list(read_shard(str(tmp_path / f'{name}.tar'), counts))
+        assert counts == {reason: 1}, name
+        assert left is None or len(read) == left, name
+        assert all({'png', 'txt'} <= set(sample) for sample in read), name       # no half samples
+
+
+def test_unsafe_names_are_left_out(tmp_path):
+    with tarfile.open(tmp_path / '0.tar', 'w') as tar:
+        for name in ('/etc/0.txt', '../1.txt', 'a/../../2.txt', '3.__facts__', 'fine/5.txt', 'fine/5.txt'):
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            tar.addfile(member, io.BytesIO(b'a'))
+        link = tarfile.TarInfo('6.txt')
+        link.type, link.linkname = tarfile.SYMTYPE, '/etc/passwd'
+        tar.addfile(link)
+    counts = Counter()
+    assert [sample['__key__'] for sample in read_shard(str(tmp_path / '0.tar'), counts)] == ['fine/5']
+    assert counts == {'file: unsafe name': 4, 'file: name used twice': 1}

@@ -62,7 +62,7 @@ def here(tmp_path, monkeypatch):
 def shards_of(*words, processes=1): main([*words, '--processes', str(processes)])
 
 
-def samples_of(out): return list(read_samples(find_shards(out), shuffle=0))
+def samples_of(out): return list(read_samples(find_shards(out)))
 
 
 def contents(out): return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
