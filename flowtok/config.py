@@ -262,6 +262,7 @@ class Recipe:
     time_power: float = 1.  # flows: its other times are u to this power, u uniform
     indicator_probability: float = 0.1  # flows: share of null samples
     source_noise: float = 0.  # flows: standard deviation of noise added to the source
+    augment: bool = False  # tokenizer: crop pictures at random and flip half of them
     whiten: bool = False  # tokenizer: measure the tokens at the end, so that the flow sees mean 0 and deviation 1
 
     def __post_init__(self):
@@ -272,7 +273,7 @@ paper_recipes = {
     'tokenizer': Recipe(650_000, 1024, learning_rate=1e-4, betas=(0.9, 0.999), weight_decay=1e-4, warmup=10_000,
                         schedule='cosine', final_share=0.1, ema=0.999, clip=1., kl_weight=1e-6,
                         perceptual_weight=1.1, convnext_share=0.1, gan_weight=0.1, gan_start=200_000,
-                        gan_learning_rate=1e-4, lecam_weight=1e-3),
+                        gan_learning_rate=1e-4, lecam_weight=1e-3, augment=True),
     'text': Recipe(50_000, 1024, schedule='cosine', kl_weight=1e-4),
     'text-to-image': Recipe(1_000_000, 4096, kl_weight=1e-4, align_weight=1.),
     'image-to-text': Recipe(1_000_000, 4096)}

@@ -20,7 +20,7 @@ from .model import FlowTok, load_weights
 from .objective import (ObjectiveConfig, TokenizerObjectiveConfig, caption_cross_entropy, image_to_text_terms,
                                kl_loss, text_to_image_terms, tokenizer_terms)
 from .text import TextAutoencoder, text_encoder
-from .streams import ImageReader, TokenReader
+from .streams import CaptionReader, ImageReader, TokenReader
 from .tokenizer import ImageTokenizer
 
 # %% ../nbs/08b_stages.ipynb #748e01f9
@@ -138,7 +138,7 @@ class Stage(nn.Module):
     @property
     def reader(self):
         "How a sample of the data becomes a picture and a caption."
-        return ImageReader(self.run.config.tokenizer.image_size)
+        return ImageReader(self.run.config.tokenizer.image_size, augment=self.run.recipe.augment)
 
     def first(self, x):
         "Pictures, uint8 (b, h, w, 3), as the networks want them, (b, 3, h, w) in [0, 1]."
@@ -175,7 +175,14 @@ class TextStage(Stage):
         self.trained = TextAutoencoder(run.config)
         self.weights = {'caption': 1., 'kl': run.recipe.kl_weight}
 
-    def forward(self, images: Tensor, ids: Tensor, share: Share) -> dict[str, Tensor]:
+    @property
+    def reader(self):
+        "Captions are all that this stage looks at."
+        return CaptionReader()
+
+    def first(self, x): return x
+
+    def forward(self, nothing: Tensor, ids: Tensor, share: Share) -> dict[str, Tensor]:
         posterior = self.trained.projector(self.features(ids))
         logits = self.trained.decoder(posterior.sample(share))                   # (b, n, vocabulary)
         exact = (logits.argmax(-1) == ids).all(1).float().mean()

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['resolution', 'watermark', 'paper_sources', 'PATIENCE', 'Source', 'find_sources', 'list_sources', 'number_in',
-           'size_of', 'check_filters', 'clean_recaption', 'choose_caption', 'ImageReader', 'TokenReader', 'use_sample',
-           'random_at', 'shard_of_visit', 'mix', 'NoSamples', 'describe_counts', 'Plan', 'read_source', 'Stream',
-           'follow_parent', 'as_it_is', 'load', 'share_of_worker', 'Parts', 'Batches', 'open_batches']
+           'size_of', 'check_filters', 'clean_recaption', 'choose_caption', 'ImageReader', 'CaptionReader',
+           'TokenReader', 'use_sample', 'random_at', 'shard_of_visit', 'mix', 'NoSamples', 'describe_counts', 'Plan',
+           'read_source', 'Stream', 'follow_parent', 'as_it_is', 'load', 'share_of_worker', 'Parts', 'Batches',
+           'open_batches']
 
 # %% ../nbs/08a_streams.ipynb #a3b20632
 import atexit
@@ -190,6 +191,14 @@ class ImageReader:
         caption, repairs = choose_caption(sample, source, rng), sample.setdefault('__repairs__', set())
         return decode_image(image_bytes(sample), self.size, rng if self.augment else None, max_pixels=self.max_pixels,
                             repairs=repairs), caption
+
+
+@dataclass(frozen=True)
+class CaptionReader:
+    "Reads one of a sample's captions, and no picture."
+
+    def __call__(self, sample: dict, source: Source, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+        return np.empty(0, np.uint8), choose_caption(sample, source, rng)
 
 
 @dataclass(frozen=True)
@@ -435,8 +444,8 @@ class Batches:
         arrays, texts, positions = zip(*parts)
         for position in positions:
             self.position = self.position | position           # a new one: who kept the last keeps it
-        rows = np.stack(arrays, 1)                              # (rows of a worker, workers, ...)
-        return rows.reshape(-1, *rows.shape[2:]), [text for row in zip(*texts) for text in row]
+        rows, texts = np.stack(arrays, 1), [text for row in zip(*texts) for text in row]  # (a worker's rows, workers, ...)
+        return rows.reshape(len(texts), *rows.shape[2:]), texts
 
     @property
     def counts(self) -> Counter:

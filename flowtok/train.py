@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -555,9 +556,11 @@ def loop(run: Run, stop: StopSign, tell):
 def cache_tokens(
     run: Run,  # of a stage that needs the cache
     progress=iter,  # wraps the iteration over samples, for a bar
+    rank: int = 0,  # which process this is
+    world_size: int = 1,  # of how many that share the work
 ) -> Path:  # its folder
-    "Encode the data once with the finished tokenizer."
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    "Encode the data once with the finished tokenizer; what is there already stays."
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else 'cpu'
     file = weights_file(run.out, 'tokenizer')
     tokenizer = load_weights(ImageTokenizer(run.config), file).eval().to(device)
 
@@ -565,8 +568,9 @@ def cache_tokens(
         posterior = tokenizer.encode(to_images(pixels).to(device))
         return torch.cat([posterior.mean, posterior.logvar], -1).cpu().numpy()
 
-    return write_token_cache(find_sources(run.data), encode, run.cache, run.config.tokenizer.image_size, workers=run.workers,
-                             tokenizer=hashlib.sha256(file.read_bytes()).hexdigest()[:16], progress=progress)
+    return write_token_cache(
+        find_sources(run.data), encode, run.cache, run.config.tokenizer.image_size, workers=run.workers, rank=rank,
+        world_size=world_size, tokenizer=hashlib.sha256(file.read_bytes()).hexdigest()[:16], progress=progress)
 
 # %% ../nbs/09_train.ipynb #ad9a4439
 def scenes_for(out: str | Path, config, n: int) -> str:  # a folder of shards
@@ -619,17 +623,20 @@ def runs_of(given: argparse.Namespace) -> list[Run]:
 
 def carry_out(runs: list[Run], samples: int):
     "Train stages one after the other, each unless its weights are there, telling on standard output how it goes."
-    first = int(os.environ.get('RANK', 0)) == 0
+    from accelerate import PartialState
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))  # a share of a cache may take long
+    first = state.is_main_process
     if runs[0].data == 'scenes':
-        if first:
+        with state.main_process_first():
             scenes_for(runs[0].out, runs[0].config, samples)
         runs = [replace(run, data=str(Path(run.out) / 'scenes')) for run in runs]
     for run in runs:
         if run.weights.exists():
             print(f'{run.weights} is there, nothing to do', flush=True)
             continue
-        if run.stage in stages[2:] and first:
-            cache_tokens(run)
+        if run.stage in stages[2:]:
+            cache_tokens(run, iter, state.process_index, state.num_processes)
+            state.wait_for_everyone()
         if first:
             run.folder.mkdir(parents=True, exist_ok=True)
             (run.folder / 'run.json').write_text(to_json(run))

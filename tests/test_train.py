@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from made import write
 from torch import nn
 
 from flowtok import train as engine
@@ -83,6 +84,22 @@ def test_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(OSError, match=f'{path} could not be written.*The one before is as it was'):
         save_state(path, step=2)
+    assert torch.load(path, weights_only=True) == {'step': 1} and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='no limits of processes there')
+def test_a_write_that_breaks_off_keeps_the_old_checkpoint(tmp_path):
+    import resource
+    path, limits = tmp_path / 'state.pt', resource.getrlimit(resource.RLIMIT_FSIZE)
+    save_state(path, step=1)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)               # the kernel then ends the write with an error
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f'{path} could not be written.*The one before is as it was'):
+            save_state(path, weights=torch.zeros(100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
     assert torch.load(path, weights_only=True) == {'step': 1} and list(tmp_path.iterdir()) == [path]
 
 
@@ -313,6 +330,25 @@ def test_the_command_line_trains_and_tells(shards, tmp_path):
 def test_the_command_line_says_what_is_wrong(words, sentence, tmp_path):
     done = command(*words, cwd=tmp_path)
     assert sentence in done.stdout + done.stderr and 'Traceback' not in done.stderr
+
+
+def test_two_processes_of_the_command_line_share_the_token_cache(tmp_path):
+    words = '--scale', 'smoke', '--steps', '1', '--batch-size', '8', '--samples', '1010'
+    done = command(*words, '--processes', '2', '--out', 'run', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all((tmp_path / f'run/{stage}.safetensors').exists() for stage in stages)
+    cache = json.loads((tmp_path / 'run/tokens/cache.json').read_text())
+    assert cache['samples'] == 1010 and len(list((tmp_path / 'run/tokens').glob('*.tar'))) == 2
+
+
+def test_each_stage_reads_what_it_needs(tmp_path):
+    paper, small = plan('tokenizer', 'xl', out=tmp_path), plan('tokenizer', 'tiny', out=tmp_path)
+    assert paper.recipe.augment and not small.recipe.augment             # a flipped scene belies its caption
+    assert engine.stage_classes['tokenizer'](replace(small, recipe=replace(small.recipe, augment=True))).reader.augment
+    write(tmp_path / 'captions.tar', [{'txt': b'a red star'}] * 8)         # no pictures
+    run = short('text', str(tmp_path / 'captions.tar'), tmp_path / 'run', steps=1)
+    train(run)
+    assert run.weights.exists()
 
 
 def test_same_seed_same_weights(shards, tmp_path):
