@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['resolution', 'watermark', 'paper_sources', 'PATIENCE', 'Source', 'find_sources', 'list_sources', 'number_in',
-           'size_of', 'check_filters', 'clean_recaption', 'choose_caption', 'ImageReader', 'CaptionReader',
-           'TokenReader', 'use_sample', 'random_at', 'shard_of_visit', 'mix', 'NoSamples', 'describe_counts', 'Plan',
-           'read_source', 'Stream', 'follow_parent', 'as_it_is', 'load', 'share_of_worker', 'Parts', 'Batches',
-           'open_batches']
+           'size_of', 'check_filters', 'clean_recaption', 'keep_known', 'choose_caption', 'common_words', 'ImageReader',
+           'CaptionReader', 'TokenReader', 'use_sample', 'random_at', 'shard_of_visit', 'mix', 'NoSamples',
+           'describe_counts', 'Plan', 'read_source', 'Stream', 'follow_parent', 'as_it_is', 'load', 'share_of_worker',
+           'Parts', 'Batches', 'open_batches']
 
 # %% ../nbs/08a_streams.ipynb #a3b20632
 import atexit
@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from .config import build
 from .data import (IMAGE_FILES, MAX_PIXELS, Skip, captions_of, decode_image, facts_of, find_shards, image_bytes,
                           is_remote, open_image, read_moments, read_shard)
+from .text import split_words
 
 # %% ../nbs/08a_streams.ipynb #40f1a362
 @dataclass(frozen=True)
@@ -164,13 +166,27 @@ def clean_recaption(
     return text[:1].upper() + text[1:]
 
 
+def keep_known(sample: dict, caption: str, words: frozenset) -> str:
+    "A caption without its unknown words, which is noted as a repair; Skip where nothing is left."
+    found = split_words(caption)
+    kept = [word for word in found if word in words]
+    if not kept:
+        raise Skip('no known word')
+    if len(kept) < len(found):
+        sample.setdefault('__repairs__', set()).add('unknown words')
+    return caption if len(kept) == len(found) else ' '.join(kept)
+
+
 def choose_caption(
     sample: dict,  # from `read_shard`
     source: Source,  # where its captions are
     rng: np.random.Generator,  # for the choice
     first: bool = False,  # the first caption, not any of them
+    words: frozenset = frozenset(),  # all others are left out; empty for any
 ) -> str:  # Skip where there is none
     "One caption of a sample."
+    if words:
+        return keep_known(sample, choose_caption(sample, source, rng, first), words)
     if source.recaption_key and rng.random() < source.recaption_probability:
         try:
             return clean_recaption(captions_of(sample, source.recaption_key)[0])
@@ -179,6 +195,23 @@ def choose_caption(
     captions = captions_of(sample, source.caption_key)
     return captions[0 if first else rng.integers(len(captions))]
 
+# %% ../nbs/08a_streams.ipynb #ef154a6c
+def common_words(
+    sources: list[Source],  # from `find_sources`
+    most: int = 4000,  # words
+    look: int = 100_000,  # samples, of all sources together
+) -> tuple[str, ...]:  # the most frequent first
+    "The words that the captions of some data use most."
+    seen = Counter()
+    for source in sources:
+        samples = (sample for shard in find_shards(source.shards) for sample in read_shard(shard, Counter()))
+        for sample in islice(samples, max(1, look // len(sources))):
+            try:
+                seen.update(split_words(' '.join(captions_of(sample, source.caption_key))))
+            except Skip:
+                pass
+    return tuple(word for word, _ in seen.most_common(most))
+
 # %% ../nbs/08a_streams.ipynb #6c5f6667
 @dataclass(frozen=True)
 class ImageReader:
@@ -186,9 +219,10 @@ class ImageReader:
     size: int  # height and width wanted, pixels
     augment: bool = False  # random crop and flip
     max_pixels: int = MAX_PIXELS  # of the largest picture to decode
+    words: frozenset = frozenset()  # known words of captions; empty for any
 
     def __call__(self, sample: dict, source: Source, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-        caption, repairs = choose_caption(sample, source, rng), sample.setdefault('__repairs__', set())
+        caption, repairs = choose_caption(sample, source, rng, words=self.words), sample.setdefault('__repairs__', set())
         return decode_image(image_bytes(sample), self.size, rng if self.augment else None, max_pixels=self.max_pixels,
                             repairs=repairs), caption
 
@@ -196,9 +230,10 @@ class ImageReader:
 @dataclass(frozen=True)
 class CaptionReader:
     "Reads one of a sample's captions, and no picture."
+    words: frozenset = frozenset()  # known words; empty for any
 
     def __call__(self, sample: dict, source: Source, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-        return np.empty(0, np.uint8), choose_caption(sample, source, rng)
+        return np.empty(0, np.uint8), choose_caption(sample, source, rng, words=self.words)
 
 
 @dataclass(frozen=True)
@@ -207,12 +242,13 @@ class TokenReader:
     token_dim: int  # d
     first: bool = False  # the first caption, not any of them
     num_tokens: int = 0  # k, to refuse other lengths; 0 for any
+    words: frozenset = frozenset()  # known words of captions; empty for any
 
     def __call__(self, sample: dict, source: Source, rng: np.random.Generator) -> tuple[np.ndarray, str]:
         moments = read_moments(sample, self.token_dim)
         if self.num_tokens and len(moments) != self.num_tokens:
             raise Skip('broken tokens')
-        return moments, choose_caption(sample, source, rng, self.first)
+        return moments, choose_caption(sample, source, rng, self.first, self.words)
 
 # %% ../nbs/08a_streams.ipynb #8b3b9b8a
 def use_sample(

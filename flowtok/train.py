@@ -38,7 +38,7 @@ from .data import to_images, to_pixels
 from .flow import Share
 from .model import load_weights, save_weights
 from .objective import loss_by_time_bin, total
-from .stages import Run, Stage, plan, stage_classes, weights_file
+from .stages import Run, Stage, plan, stage_classes, vocabulary_for, weights_file
 from .streams import find_sources, open_batches
 from .tokenizer import ImageTokenizer
 
@@ -615,9 +615,11 @@ def runs_of(given: argparse.Namespace) -> list[Run]:
     "The runs that a command line asks for, in order."
     values = vars(given)
     changes = ' '.join([given.changes] + [f"{name[7:]}={x}" for name, x in values.items() if name.startswith('recipe.') and x])
+    small, own = given.scale in ('smoke', 'tiny'), given.data != 'scenes'
+    words = vocabulary_for(given.data, given.out, given.init) if small and own else ()
     names = ('clip', 'init', 'seed', 'keep', 'workers', 'compile', 'tensorboard', 'resume')
     return [plan(stage, given.scale, given.data, given.out, phase=given.recipe, steps=given.steps, longer=given.longer,
-                 batch_size=given.batch_size, changes=changes, **{name: values[name] for name in names})
+                 batch_size=given.batch_size, changes=changes, words=words, **{name: values[name] for name in names})
             for stage in (stages if given.stage == 'all' else (given.stage,))]
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from made import picture
 from readme import root
 
 from flowtok.config import preset, stages
@@ -40,6 +41,22 @@ def test_bad_parameters_end_before_work_starts(words, sentence, tmp_path):
     done = papermill('train', tmp_path, *words)
     assert done.returncode and sentence in done.stderr[-3000:]
     assert not list(tmp_path.glob('*.safetensors'))
+
+
+def test_train_on_a_folder_of_your_own_pictures(tmp_path):
+    for i in range(24):
+        (tmp_path / f'{i}.jpg').write_bytes(picture(70 + i, 90, seed=i, kind='jpeg'))
+        (tmp_path / f'{i}.txt').write_text(f'my picture {i} of a red something')
+    (tmp_path / '5.jpg').write_bytes(b'no picture')
+    done = subprocess.run([sys.executable, '-m', 'flowtok.shards', 'folder', '.', 'shards'], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (tmp_path / 'list.json').write_text('[{"shards": "shards/*.tar", "min_side": 64}, {"shards": "shards/{00000..00001}.tar"}]')
+    done = papermill('train', tmp_path, '-p', 'data', str(tmp_path / 'list.json'), '-p', 'prompts', '0')
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = read_record(tmp_path).metrics['samples']
+    assert counts.keys() == set(stages) and counts['tokenizer']['kept'] >= 64
+    assert FlowTokPipeline.from_pretrained(tmp_path)('my picture of a red something', num_inference_steps=1)[0].size == (64, 64)
+    assert 'shard: missing' in counts['text'] and str(counts) in (tmp_path / 'run.ipynb').read_text()
 
 
 @pytest.mark.slow
