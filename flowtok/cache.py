@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CacheReader', 'CacheParts', 'write_json', 'encode_shards', 'describe_cache', 'claim_cache', 'write_token_cache',
-           'finish_cache']
+           'holds_tokens', 'finish_cache', 'check_cache']
 
 # %% ../nbs/08c_cache.ipynb #0b181eca
 import hashlib
@@ -162,6 +162,15 @@ def write_token_cache(
     return folder
 
 # %% ../nbs/08c_cache.ipynb #5f9ce698
+def holds_tokens(
+    sources: list[Source],  # from `find_sources`
+) -> bool:
+    "Whether the samples are tokens already, in a cache or in the authors' layout."
+    shards = (shard for source in sources for shard in find_shards(source.shards))
+    first = next((sample for shard in shards for sample in read_shard(shard, Counter())), {})
+    return 'token.npy' in first
+
+
 def finish_cache(
     folder: Path,  # of the cache
     names: list[str],  # of its shards
@@ -180,3 +189,14 @@ def finish_cache(
             raise NoSamples(f"No usable sample in source {i + 1} of {folder}: {describe_counts(found)}.")
     write_json(folder / 'cache.json', about | {'samples': counts[0]['kept'], 'counts': counts[0]})
     (folder / 'encoding.json').unlink(missing_ok=True)
+
+# %% ../nbs/08c_cache.ipynb #5a59e254
+def check_cache(
+    data: str | Path,  # tokens, as `find_sources` takes them
+    tokenizer: str,  # name of the tokenizer that is to read them
+):
+    "Refuses tokens that are known to be another tokenizer's."
+    file = Path(data) / 'cache.json'
+    made_by = json.loads(file.read_text())['tokenizer'] if file.exists() else ''
+    if made_by not in ('', tokenizer):
+        raise ValueError(f"The tokens in {data} were made with another tokenizer: choose another folder, or encode again.")

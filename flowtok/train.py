@@ -6,8 +6,8 @@
 __all__ = ['MAX_SKIPPED', 'rate_factor', 'make_optimizers', 'Ema', 'seed_of', 'Noise', 'save_state', 'checkpoints',
            'newest_state', 'everywhere', 'training_state', 'restore', 'save_checkpoint', 'Stopped', 'StopSign',
            'Critics', 'take_step', 'Batches', 'Log', 'step_values', 'show_progress', 'progress_line', 'cpu_has_bf16',
-           'begin', 'finish', 'train', 'check_skipped', 'loop', 'cache_tokens', 'scenes_for', 'parser', 'runs_of',
-           'carry_out', 'main']
+           'begin', 'finish', 'train', 'check_skipped', 'loop', 'cache_tokens', 'processes', 'prepare', 'scenes_for',
+           'parser', 'runs_of', 'carry_out', 'main']
 
 # %% ../nbs/09_train.ipynb #1c4ab31f
 import argparse
@@ -31,14 +31,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .cache import write_token_cache
+from .cache import check_cache, holds_tokens, write_token_cache
 from .config import Recipe, from_json, phases, presets, stages, to_json
 from .critics import TokenizerCritics, find_perceptual
 from .data import to_images, to_pixels
 from .flow import Share
 from .model import load_weights, save_weights
 from .objective import loss_by_time_bin, total
-from .stages import Run, Stage, plan, stage_classes, vocabulary_for, weights_file
+from .stages import Run, Stage, earlier_weights, plan, stage_classes, vocabulary_for, weights_file
 from .streams import find_sources, open_batches
 from .tokenizer import ImageTokenizer
 
@@ -318,7 +318,8 @@ class Batches:
         position: dict | None = None,  # of a checkpoint
         workers: int = 0,  # processes that read
     ):
-        data = run.cache if run.stage in stages[2:] else run.data
+        cached = run.stage in stages[2:] and (run.cache / 'cache.json').exists()
+        data = run.cache if cached else run.data
         self.stage, self.device = stage, device
         self.stream = open_batches(find_sources(str(data)), stage.reader, batch_size or run.recipe.batch_size, seed=run.seed,
                                    rank=rank, world_size=world_size, workers=workers, position=position)
@@ -558,19 +559,37 @@ def cache_tokens(
     progress=iter,  # wraps the iteration over samples, for a bar
     rank: int = 0,  # which process this is
     world_size: int = 1,  # of how many that share the work
-) -> Path:  # its folder
+) -> Path:  # its folder, or the data where these are tokens already
     "Encode the data once with the finished tokenizer; what is there already stays."
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else 'cpu'
-    file = weights_file(run.out, 'tokenizer')
+    sources, file = find_sources(run.data), earlier_weights(run, 'tokenizer')
     tokenizer = load_weights(ImageTokenizer(run.config), file).eval().to(device)
+    name = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    if holds_tokens(sources):
+        check_cache(run.data, name)
+        return Path(run.data)
 
     def encode(pixels):
         posterior = tokenizer.encode(to_images(pixels).to(device))
         return torch.cat([posterior.mean, posterior.logvar], -1).cpu().numpy()
 
     return write_token_cache(
-        find_sources(run.data), encode, run.cache, run.config.tokenizer.image_size, workers=run.workers, rank=rank,
-        world_size=world_size, tokenizer=hashlib.sha256(file.read_bytes()).hexdigest()[:16], progress=progress)
+        sources, encode, run.cache, run.config.tokenizer.image_size, workers=run.workers, rank=rank,
+        world_size=world_size, tokenizer=name, progress=progress)
+
+# %% ../nbs/09_train.ipynb #650a302f
+def processes():
+    "The processes that work together, as accelerate knows them."
+    from accelerate import PartialState
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))    # shares of a cache may differ by hours
+
+
+def prepare(run: Run):
+    "See to it that a flow finds its tokens, each process encoding its share."
+    if run.stage in stages[2:]:
+        state = processes()
+        cache_tokens(run, iter, state.process_index, state.num_processes)
+        state.wait_for_everyone()
 
 # %% ../nbs/09_train.ipynb #ad9a4439
 def scenes_for(out: str | Path, config, n: int) -> str:  # a folder of shards
@@ -625,8 +644,7 @@ def runs_of(given: argparse.Namespace) -> list[Run]:
 
 def carry_out(runs: list[Run], samples: int):
     "Train stages one after the other, each unless its weights are there, telling on standard output how it goes."
-    from accelerate import PartialState
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))  # a share of a cache may take long
+    state = processes()
     first = state.is_main_process
     if runs[0].data == 'scenes':
         with state.main_process_first():
@@ -636,9 +654,6 @@ def carry_out(runs: list[Run], samples: int):
         if run.weights.exists():
             print(f'{run.weights} is there, nothing to do', flush=True)
             continue
-        if run.stage in stages[2:]:
-            cache_tokens(run, iter, state.process_index, state.num_processes)
-            state.wait_for_everyone()
         if first:
             run.folder.mkdir(parents=True, exist_ok=True)
             (run.folder / 'run.json').write_text(to_json(run))
@@ -648,6 +663,7 @@ def carry_out(runs: list[Run], samples: int):
             events.append(line)
             print(progress_line(run, events), f"loss {line.get('loss', math.nan):.4g}", sep=', ', flush=True)
 
+        prepare(run)
         train(run, tell)
 
 # %% ../nbs/09_train.ipynb #9ad32ee5
@@ -661,7 +677,9 @@ def main():
         os.execv(sys.executable, [*command, 'flowtok.train', *sys.argv[1:]])
     try:
         if given.config:
-            train(from_json(Path(given.config).read_text(), Run))
+            run = from_json(Path(given.config).read_text(), Run)
+            prepare(run)
+            train(run)
         else:
             carry_out(runs_of(given), given.samples)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -20,6 +20,7 @@ from flowtok import train as engine
 from flowtok.config import from_json, preset, recipe, stages, to_json
 from flowtok.flow import Share
 from flowtok.model import load_weights
+from flowtok.pipeline import FlowTokPipeline
 from flowtok.scenes import write_shards
 from flowtok.stages import Run, change_recipe, plan
 from flowtok.text import TextAutoencoder
@@ -339,6 +340,13 @@ def test_two_processes_of_the_command_line_share_the_token_cache(tmp_path):
     assert all((tmp_path / f'run/{stage}.safetensors').exists() for stage in stages)
     cache = json.loads((tmp_path / 'run/tokens/cache.json').read_text())
     assert cache['samples'] == 1010 and len(list((tmp_path / 'run/tokens').glob('*.tar'))) == 2
+    words = '--stage', 'text-to-image', '--recipe', 'fine-tuning', '--init', 'run', '--steps', '1', '--batch-size', '8'
+    done = command(*words, '--data', 'run/tokens', '--out', 'tuned', cwd=tmp_path)             # tokens are data, too
+    assert done.returncode == 0 and not (tmp_path / 'tuned/tokens').exists(), done.stderr[-2000:]
+    assert FlowTokPipeline.from_pretrained(tmp_path / 'tuned').parts.keys() == {'tokenizer', 'text-to-image'}
+    (tmp_path / 'run/tokens/cache.json').write_text(json.dumps(cache | {'tokenizer': 'another'}))
+    done = command(*words, '--data', 'run/tokens', '--out', 'again', cwd=tmp_path)
+    assert done.returncode == 1 and 'were made with another tokenizer' in done.stderr
 
 
 def test_each_stage_reads_what_it_needs(tmp_path):
