@@ -116,17 +116,17 @@ print(','.join(sorted({m.split('.')[0] for m in sys.modules})))
 
 def needed_by(*names):
     "Import names of the installed distributions that `names` need, themselves included"
-    seen, todo = set(), [canonicalize_name(n) for n in names]
+    seen, todo, tops = set(), [canonicalize_name(n) for n in names], set()
     while todo:
         name = todo.pop()
         if name in seen: continue
         seen.add(name)
-        try: lines = importlib.metadata.requires(name) or []
+        try: held = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError: continue
-        needs = [Requirement(line) for line in lines]
+        needs = [Requirement(line) for line in held.requires or []]
         todo += [canonicalize_name(r.name) for r in needs if r.marker is None or r.marker.evaluate({'extra': ''})]
-    tops = importlib.metadata.packages_distributions()
-    return {top for top, dists in tops.items() if seen & {canonicalize_name(d) for d in dists}}
+        tops |= {file.parts[0].split('.')[0] for file in held.files or []}
+    return tops
 
 
 def import_with(packages, modules):
