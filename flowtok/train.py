@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_SKIPPED', 'rate_factor', 'make_optimizers', 'Ema', 'seed_of', 'Noise', 'save_state', 'checkpoints',
            'newest_state', 'everywhere', 'training_state', 'restore', 'save_checkpoint', 'Stopped', 'StopSign',
-           'Critics', 'take_step', 'Batches', 'Log', 'step_values', 'show_progress', 'progress_line', 'cpu_has_bf16',
-           'begin', 'finish', 'train', 'check_skipped', 'loop', 'cache_tokens', 'processes', 'prepare', 'scenes_for',
-           'parser', 'runs_of', 'carry_out', 'main']
+           'Critics', 'take_step', 'Batches', 'Log', 'step_values', 'make_sheet', 'show_progress', 'progress_line',
+           'cpu_has_bf16', 'begin', 'finish', 'train', 'check_skipped', 'loop', 'cache_tokens', 'processes', 'prepare',
+           'scenes_for', 'parser', 'runs_of', 'carry_out', 'main']
 
 # %% ../nbs/09_train.ipynb #1c4ab31f
 import argparse
@@ -25,6 +25,7 @@ from dataclasses import fields, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 import torch
@@ -376,6 +377,23 @@ def step_values(terms: dict[str, Tensor]) -> dict[str, float]:
     return values
 
 # %% ../nbs/09_train.ipynb #23b45bec
+def make_sheet(
+    pixels: np.ndarray,  # (n, h, w, 3) uint8
+    prompts: list[str],  # of the pictures; as often as they fit
+):  # a PIL picture, eight of them in a row
+    "Pictures, each with its caption below."
+    from PIL import Image, ImageDraw
+    columns, wide, text = min(8, len(pixels)), max(128, pixels.shape[2]), 60
+    high = wide * pixels.shape[1] // pixels.shape[2]
+    sheet = Image.new('RGB', (wide * columns, (high + text) * -(-len(pixels) // columns)), 'white')
+    write = ImageDraw.Draw(sheet).text
+    for i, picture in enumerate(pixels):
+        x, y = i % columns * wide, i // columns * (high + text)
+        sheet.paste(Image.fromarray(picture).resize((wide, high), Image.Resampling.NEAREST), (x, y))
+        write((x + 2, y + high), '\n'.join(wrap(prompts[i % len(prompts)], wide // 6)[:4]), fill='black', font_size=10)
+    return sheet
+
+
 @torch.no_grad()
 def show_progress(
     stage: Stage,
@@ -385,8 +403,7 @@ def show_progress(
     log: Log,
 ):
     "Draw samples with the averaged weights: pictures to files, captions to the log."
-    from PIL import Image
-    folder = stage.run.folder / 'samples'
+    folder, prompts = stage.run.folder / 'samples', stage.text_encoder.decode_ids(batch[1].cpu())
     folder.mkdir(exist_ok=True)
     stage.eval()
     with ema.applied(), torch.random.fork_rng():
@@ -396,14 +413,11 @@ def show_progress(
     stage.train()
     stage.text_encoder.eval()
     if pictures is not None:
-        pixels = to_pixels(pictures)
-        rows = pixels.reshape(-1, 8 if len(pixels) % 8 == 0 else len(pixels), *pixels.shape[1:])
-        sheet = rows.transpose(0, 2, 1, 3, 4).reshape(rows.shape[0] * rows.shape[2], -1, 3)
         path, part = folder / f'{step:07d}.png', folder / 'next.part'
-        Image.fromarray(sheet).save(part, 'png')
+        make_sheet(to_pixels(pictures), prompts).save(part, 'png')
         os.replace(part, path)                      # somebody may be looking
     if captions is not None:
-        log.write(step=step, captions=captions)
+        log.write(step=step, captions=captions, prompts=prompts)
 
 # %% ../nbs/09_train.ipynb #441bc502
 def progress_line(

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from made import write
+from PIL import Image
 from torch import nn
 
 from flowtok import train as engine
@@ -129,6 +130,10 @@ def test_four_stages_leave_weights(shards, tmp_path):
         assert run.weights.exists() and not checkpoints(run)
     tokenizer = load_weights(ImageTokenizer(preset('tiny')), tmp_path / 'tokenizer.safetensors')
     assert (tokenizer.token_scale != 1).any()                    # measured
+    sheets = {stage: [Image.open(path).size for path in (tmp_path / stage / 'samples').glob('*.png')] for stage in stages}
+    assert sheets == {'tokenizer': [(1024, 752)], 'text': [], 'text-to-image': [(1024, 376)], 'image-to-text': []}
+    told = [json.loads(line) for line in (tmp_path / 'image-to-text/log.jsonl').read_text().splitlines() if 'captions' in line]
+    assert len(told[-1]['captions']) == len(told[-1]['prompts']) == 16
     assert from_json((tmp_path / 'config.json').read_text()) == preset('tiny')
 
 
