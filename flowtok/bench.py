@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Cost', 'transformer_cost', 'linear_cost', 'stage_costs', 'evaluations', 'image_operations', 'training_operations',
-           'seconds', 'race', 'measure_ceilings', 'floor', 'plain_linear', 'plain_attention', 'turned',
-           'plain_velocity', 'plain_decode', 'plain_generate', 'relative', 'make_noise', 'make_pipeline',
-           'some_prompts', 'compare_sampling', 'stage_rows', 'BenchStage', 'plain_training', 'our_training',
-           'compare_training', 'speed_rows', 'run_benchmark', 'main']
+           'seconds', 'race', 'measure_ceilings', 'floor', 'kilobytes', 'peak_memory', 'plain_linear',
+           'plain_attention', 'turned', 'plain_velocity', 'plain_decode', 'plain_generate', 'relative', 'make_noise',
+           'make_pipeline', 'some_prompts', 'compare_sampling', 'stage_rows', 'BenchStage', 'plain_training',
+           'our_training', 'compare_training', 'speed_rows', 'run_benchmark', 'main']
 
 # %% ../nbs/14_bench.ipynb #0acac069
 import argparse
 import copy
+import ctypes
 import statistics
 import sys
 import time
@@ -167,6 +168,33 @@ def floor(
     "The least time of an evaluation: of its arithmetic or of reading its weights, whichever takes longer."
     width = 4 if precision == 'fp32' else 2
     return max(samples * cost.operations / ceilings[precision], width * cost.weights / ceilings['copy'])
+
+# %% ../nbs/14_bench.ipynb #4cb84f5d
+def kilobytes(name: str) -> int:  # a line of /proc/self/status
+    "Memory of this process as Linux counts it."
+    line, = [line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith(f'{name}:')]
+    return int(line.split()[1])
+
+
+def peak_memory(
+    call: Callable,  # without arguments
+    device: torch.device,
+) -> float | None:  # megabytes beyond those in use, None where nobody counts them
+    "The memory that a call needs at its highest."
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    try:
+        ctypes.CDLL(None).malloc_trim(0)                                         # what is kept for later is not in use
+        Path('/proc/self/clear_refs').write_text('5')                            # from here on the highest counts anew
+        before = kilobytes('VmRSS')
+    except (OSError, AttributeError):                                            # not Linux, or another library
+        call()
+        return None
+    call()
+    return (kilobytes('VmHWM') - before) * 1024 / 1e6
 
 # %% ../nbs/14_bench.ipynb #984d279a
 def plain_linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -268,20 +268,16 @@ def sample(
 
 # %% ../nbs/01_flow.ipynb #d3ac361d
 def fit_grid(
-    velocity: Callable,  # as `sample` takes it
-    x0: Tensor,  # typical starts, (b, ...)
+    path: Tensor,  # places on the way in many equal steps, of typical starts, (m + 1, b, ...)
     num_inference_steps: int,  # N
-    *,
     order: int = 1,  # of the solver that will use the grid
-    guidance_scale: float = 2.0,  # as in `sample`
-    fine: int = 100,  # steps of the path that is looked at
 ) -> list[float]:  # ends of the N steps from 0 to 1, (N + 1,)
-    "The time grid that follows the paths of a velocity best."
-    path = sample(velocity, x0, num_inference_steps=fine, guidance_scale=guidance_scale, solver='heun', return_path=True)
-    bend = path.double().diff(n=order + 1, dim=0).flatten(1).norm(dim=1)         # (fine - order,), order + 1 steps wide each
+    "The time grid that follows such paths best."
+    fine = len(path) - 1
+    bend = path.double().diff(n=order + 1, dim=0).flatten(1).norm(dim=1)         # (m - order,), each order + 1 steps wide
     density = torch.cat([bend[:1].expand(order // 2), bend, bend[-1:].expand(order - order // 2)]) ** (1 / (order + 1))
-    density = density + density.mean() / 3 if density.sum() > 0 else torch.ones_like(density)
-    passed = torch.cat([density.new_zeros(1), density.cumsum(0)]) / density.sum()  # (fine + 1,), 0 to 1
+    density = density + density.mean() / 3 if density.sum() > 1e-9 else torch.ones_like(density)
+    passed = torch.cat([density.new_zeros(1), density.cumsum(0)]) / density.sum()  # (m + 1,), 0 to 1
     wanted = torch.arange(1, num_inference_steps, dtype=torch.float64, device=passed.device) / num_inference_steps
     i = torch.searchsorted(passed, wanted).clamp(1, fine)
     inner = (i - 1 + (wanted - passed[i - 1]) / (passed[i] - passed[i - 1])) / fine
