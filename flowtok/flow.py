@@ -248,7 +248,7 @@ def sample(
     "Follows the guided velocity from x0 at t = 0 to t = 1."
     if solver not in solvers:
         raise ValueError(f"Solver {solver!r} is unknown: choose one of {', '.join(solvers)}.")
-    if schedule == 'released' and solver != 'euler':
+    if schedule == 'released' and solver != 'euler' and times is None:
         raise ValueError(f"Schedule 'released' is made of Euler steps: use solver 'euler' with it, not {solver!r}.")
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale must be a finite number, usually 1 to 4, got {guidance_scale}.")

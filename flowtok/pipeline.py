@@ -214,7 +214,7 @@ def stream(
     self.need('tokenizer', 'text-to-image')
     config = self.config.sampling
     how |= dict(num_inference_steps=config.steps if num_inference_steps is None else num_inference_steps,
-                guidance_scale=config.guidance if guidance_scale is None else guidance_scale)
+                guidance_scale=config.guidance if guidance_scale is None else guidance_scale, schedule=config.schedule)
     if isinstance(prompts, (str, Sequence)):
         ids = self.text_encoder.tokenize(as_list(prompts))
         if isinstance(generator, Sequence) and len(generator) != len(ids):
@@ -275,7 +275,7 @@ def caption(
     self.need('tokenizer', 'text', 'image-to-text')
     captions, config, rows = [], self.config.sampling, 0
     how |= dict(num_inference_steps=config.caption_steps if num_inference_steps is None else num_inference_steps,
-                guidance_scale=config.caption_guidance if guidance_scale is None else guidance_scale)
+                guidance_scale=config.caption_guidance if guidance_scale is None else guidance_scale, schedule=config.schedule)
     with kept_memory():
         for part in self.as_images(images).split(batch_size):
             n, rows = len(part), max(rows, len(part)) if self.compiled else 0

@@ -2,11 +2,13 @@
 import itertools
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
+import flowtok.pipeline
 from flowtok.config import preset
 from flowtok.pipeline import FlowTokPipeline, embedded_weights
 from flowtok.scenes import captions, draw_scene, render
@@ -78,6 +80,15 @@ def test_solver_grid_and_interval_reach_both_directions(pipe):
         assert not torch.allclose(usual, run(**how), atol=1e-4)
     picture = Image.fromarray(render(draw_scene(0, 'seen')))
     assert pipe.caption(picture, 4, solver='ab2', times=(0, .5, 1), guidance_interval=(0., .5))
+
+
+def test_the_schedule_of_the_config_is_followed_in_both_directions(monkeypatch):
+    other = FlowTokPipeline.from_pretrained()
+    other.config = replace(other.config, sampling=replace(other.config.sampling, schedule='released'))
+    asked, made = [], flowtok.pipeline.sample
+    monkeypatch.setattr(flowtok.pipeline, 'sample', lambda *a, **how: asked.append(how['schedule']) or made(*a, **how))
+    other(prompts[:1], 2), other.caption(torch.rand(1, 3, 64, 64), 2)
+    assert asked == ['released'] * 2
 
 
 def test_half_precision_is_close(pipe):
