@@ -419,7 +419,7 @@ def test_three_released_files_make_a_pipeline(released):
         pipe.caption(image)
     pipe.save_pretrained(released / 'ours', dtype=None)
     again = FlowTokPipeline.from_pretrained(released / 'ours', released / 'open_clip_model.safetensors')
-    assert torch.equal(again('a photo of a cat', output_type='tokens', temperature=0.), end)
+    assert torch.allclose(again('a photo of a cat', output_type='tokens', temperature=0.), end, atol=1e-5)
 
 
 def test_the_variant_reaches_the_released_files(released):
