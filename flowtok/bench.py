@@ -137,7 +137,7 @@ def race(
             found[name].append(seconds(call, device))
     return found
 
-
+# %% ../nbs/14_bench.ipynb #1642e277
 def measure_ceilings(
     device: torch.device,
     size: int = 0,  # of the square matrices, 0 for what suits the device

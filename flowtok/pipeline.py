@@ -284,7 +284,7 @@ def caption(
             captions += self.text_encoder.decode_ids(self.text.decoder(x1).argmax(-1))
     return captions
 
-
+# %% ../nbs/10_pipeline.ipynb #8a6f7413
 def as_images(
     self,
     images,  # as `caption` takes them
