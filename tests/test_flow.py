@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowtok.flow import (draw_indicator, exchange_targets, guide, interpolate, sample, sample_time, schedules, solvers,
-                          time_grid, time_kinds, velocity_target)
+from flowtok.flow import (draw_indicator, exchange_targets, fit_grid, given_grid, guide, interpolate, offsets, sample, sample_time,
+                          schedules, solvers, time_grid, time_kinds, velocity_target)
 
 goldens = Path(__file__).parent / 'goldens' / 'flowtok_nano'
 
@@ -132,7 +132,7 @@ def test_constant_field_is_exact_in_one_step(start, solver):
     assert torch.allclose(end, start + 2.5)
 
 
-@pytest.mark.parametrize('solver, order', [('euler', 1), ('midpoint', 2), ('heun', 2)])
+@pytest.mark.parametrize('solver, order', [('euler', 1), ('midpoint', 2), ('heun', 2), ('ab2', 2)])
 def test_order_of_convergence(start, solver, order):
     def grow(x, t, indicator):
         return x * (1 + t.reshape(-1, 1, 1))
@@ -164,7 +164,71 @@ def test_guided_flow_agrees_with_an_adaptive_solver(start):
     assert torch.allclose(end, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize('solver', ['midpoint', 'heun', 'ab2'])
+def test_order_on_an_uneven_grid(start, solver):
+    exact = start * torch.tensor(1.5, dtype=torch.float64).exp()
+    errors = [(sample(lambda x, t, i: x * (1 + t.reshape(-1, 1, 1)), start, solver=solver, times=(torch.arange(n + 1) / n).double() ** 1.5)
+               - exact).abs().max() for n in (40, 80)]
+    assert abs((errors[0] / errors[1]).log2() - 2) < 0.15
+
+
+def test_two_step_method_is_the_textbook_one(start):
+    "x + h (3/2 v - 1/2 v'), after an Euler step."
+    def velocity(x): return swirl(x, torch.tensor(0.), torch.zeros(3))
+    expected, before = start, None
+    for _ in range(5):
+        v = velocity(expected)
+        expected, before = expected + .2 * (v if before is None else 1.5 * v - .5 * before), v
+    end = sample(lambda x, t, i: velocity(x), start, num_inference_steps=5, guidance_scale=1, solver='ab2')
+    assert torch.allclose(end, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('solver', solvers)
+def test_given_times_equal_the_uniform_ones(start, solver):
+    ends = [sample(swirl, start, solver=solver, **how) for how in (dict(num_inference_steps=4), dict(times=(0., .25, .5, .75, 1.)))]
+    assert torch.equal(*ends) and torch.equal(given_grid((0, .5, 1))[1], torch.full((2,), .5))
+
+
+@pytest.mark.parametrize('order', [1, 2])
+def test_a_fitted_grid_follows_the_bend_and_a_straight_path_gets_equal_steps(start, order):
+    def late(x, t, i): return torch.exp(8 * (t - 1)).reshape(-1, 1, 1) * torch.ones_like(x)
+    def path(velocity): return sample(velocity, start, num_inference_steps=100, solver='heun', return_path=True)
+    grid = fit_grid(path(late), 10, order)
+    given_grid(grid)
+    assert len(grid) == 11 and sum(t > .75 for t in grid[:-1]) >= 4
+    straight = fit_grid(path(lambda x, t, i: torch.zeros_like(x)), 4, order)
+    assert max(abs(a - i / 4) for i, a in enumerate(straight)) < 1e-9
+
+
+@pytest.mark.parametrize('solver', solvers)
+def test_a_velocity_that_prepares_is_told_all_times_and_asked_in_order(start, solver):
+    class Prepared:
+        def prepare(self, times):
+            self.told = times.tolist()
+            for t in times:
+                yield lambda x, indicators, t=t: swirl(x, t, torch.arange(indicators).repeat_interleave(len(x) // indicators))
+
+    velocity = Prepared()
+    for interval in ((0., 1.), (.3, .7)):
+        how = dict(num_inference_steps=6, solver=solver, guidance_interval=interval)
+        assert torch.allclose(sample(velocity, start, **how), sample(swirl, start, **how), atol=1e-12)
+    assert len(velocity.told) == 6 * len(offsets[solver]) and velocity.told[-1] <= 1
+
+
 # sampling
+
+def test_guidance_only_within_its_interval(start):
+    seen = []
+
+    def velocity(x, t, indicator):
+        seen.append((round(t[0].item(), 2), len(x)))
+        return x
+
+    sample(velocity, start, num_inference_steps=4, guidance_interval=(.25, .5))
+    assert seen == [(0., 3), (.25, 6), (.5, 6), (.75, 3)]
+    whole = sample(swirl, start, guidance_interval=(0., 1.))
+    assert torch.equal(whole, sample(swirl, start)) and not torch.allclose(whole, sample(swirl, start, guidance_interval=(0., .5)))
+
 
 def test_one_batch_of_two_halves_and_none_without_guidance(start):
     seen = []
@@ -216,12 +280,15 @@ def test_uniform_grid_is_where_the_state_is(steps):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (dict(solver='rk4'), "Solver 'rk4' is unknown: choose one of euler, midpoint, heun."),
+    (dict(solver='rk4'), "Solver 'rk4' is unknown: choose one of euler, midpoint, heun, ab2."),
     (dict(schedule='karras'), "Schedule 'karras' is unknown: choose one of uniform, released."),
     (dict(schedule='released', solver='midpoint'), "use solver 'euler' with it, not 'midpoint'"),
     (dict(num_inference_steps=0), 'at least 1, got 0'),
     (dict(num_inference_steps=1.5), 'whole number'),
     (dict(guidance_scale=float('inf')), 'finite number'),
+    (dict(times=[0., .5]), r'times must rise from 0 to 1, as \(0, 0.5, 1\), got \(0.0, 0.5\)'),
+    (dict(times=[0., .5, .5, 1.]), 'times must rise'),
+    (dict(guidance_interval=(.6, .5)), 'two rising times between 0 and 1'),
 ])
 def test_bad_sampling_arguments(start, arguments, message):
     with pytest.raises(ValueError, match=message):

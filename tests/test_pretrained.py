@@ -412,14 +412,14 @@ def test_three_released_files_make_a_pipeline(released):
     features = pipe.text_encoder(pipe.text_encoder.tokenize('a photo of a cat'))
     flow = load_flowtok(flow_file, **heads)
     end = sample(flow.velocity, flow.project(features).mean, schedule='released')
-    assert torch.equal(tokens, end) and not torch.allclose(sample(flow.velocity, flow.project(features).mean), end)
+    assert torch.allclose(tokens, end, atol=1e-5) and not torch.allclose(sample(flow.velocity, flow.project(features).mean), end)
     image = load_tokenizer(released / 'FlowTiTok_512.bin', **token_heads('flowtitok_nano64')).decode(end / 1.0143, features)
     assert torch.allclose(pipe('a photo of a cat', output_type='pt', temperature=0.), image, atol=1e-5)
     with pytest.raises(RuntimeError, match='no weights for text, image-to-text'):
         pipe.caption(image)
     pipe.save_pretrained(released / 'ours', dtype=None)
     again = FlowTokPipeline.from_pretrained(released / 'ours', released / 'open_clip_model.safetensors')
-    assert torch.equal(again('a photo of a cat', output_type='tokens', temperature=0.), end)
+    assert torch.allclose(again('a photo of a cat', output_type='tokens', temperature=0.), end, atol=1e-5)
 
 
 def test_the_variant_reaches_the_released_files(released):
