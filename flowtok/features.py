@@ -7,7 +7,7 @@ __all__ = ['RESIZES', 'INCEPTION_FILE', 'INCEPTION_SHA256', 'INCEPTION_CURE', 'C
            'resize_tf', 'find_inception', 'load_inception', 'inception_features', 'Extractor', 'find_extractors',
            'reference_statistics', 'fid_interval', 'clip_scorer', 'clip_summary']
 
-# %% ../nbs/11a_features.ipynb #8d19f229
+# %% ../nbs/11a_features.ipynb #1552597c
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .metrics import frechet_distance, gaussian_statistics, random_conv_features
 
-# %% ../nbs/11a_features.ipynb #cca83265
+# %% ../nbs/11a_features.ipynb #973db161
 def resize_clean(
     images: Tensor,  # (b, 3, h, w) in [0, 1]
     side: int = 299,  # height and width wanted
@@ -46,7 +46,7 @@ def resize_tf(
 
 RESIZES = {'clean': resize_clean, 'tf': resize_tf}
 
-# %% ../nbs/11a_features.ipynb #e12e6919
+# %% ../nbs/11a_features.ipynb #64ef71fe
 INCEPTION_FILE = 'weights-inception-2015-12-05-6726825d.pth'
 INCEPTION_SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
 INCEPTION_CURE = f'put {INCEPTION_FILE} of torch-fidelity into its checkpoint folder, or name it with -p inception'
@@ -87,7 +87,7 @@ def inception_features(
         x = layer(x)
     return x.flatten(1).cpu().numpy()
 
-# %% ../nbs/11a_features.ipynb #3f6b0cf9
+# %% ../nbs/11a_features.ipynb #e7236110
 @dataclass(frozen=True)
 class Extractor:
     "Pictures to features."
@@ -109,11 +109,11 @@ def find_extractors(
     file = find_inception(inception)
     if file is None:
         def look(pixels): return random_conv_features(pixels / 255)
-        return {resize: Extractor('random_conv_features', resize, True, 64, look) for resize in RESIZES}
+        return {resize: Extractor('random_conv_features', resize, True, 48, look) for resize in RESIZES}
     network = load_inception(file).to(device)
     return {resize: Extractor('Inception-v3', resize, False, 299, partial(inception_features, network)) for resize in RESIZES}
 
-# %% ../nbs/11a_features.ipynb #fd798818
+# %% ../nbs/11a_features.ipynb #039073c2
 def reference_statistics(
     cache: Path,  # folder of kept statistics, created when absent
     name: str,  # of the reference pictures: their hash and size
@@ -147,7 +147,7 @@ def fid_interval(
     half = 1.96 * float(np.std(again, ddof=1)) if draws > 1 else None
     return {'fid': fid, 'low': None if half is None else max(0., fid - half), 'high': None if half is None else fid + half}
 
-# %% ../nbs/11a_features.ipynb #1fde11f5
+# %% ../nbs/11a_features.ipynb #9e3962f1
 CLIP_SCORE_MODEL = 'ViT-L-14'
 CLIP_CURE = 'needs CLIP weights: -p clip_score openai (a download), or a file of them'
 
