@@ -13,7 +13,8 @@ from flowtok.results import read_record
 
 smoke = {'train': {}, 'cluster': {'seconds': .1, 'samples': 500}, 'quickstart': {'steps': 4, 'samples': 32, 'num_inference_steps': 2},
          'benchmark_coco': {'n': 12, 'num_inference_steps': 2, 'bootstraps': 2}, 'benchmark_mjhq': {'n': 20, 'num_inference_steps': 2, 'bootstraps': 2},
-         'benchmark_captions': {'n': 6, 'scores': 'plain'}, 'ablations': {'only': 'base,target pool', 'seeds': 2}}
+         'benchmark_captions': {'n': 6, 'scores': 'plain'}, 'ablations': {'only': 'base,target pool', 'seeds': 2},
+         'text_as_source': {'seeds': 1, 'steps': 3, 'num_inference_steps': 2}}
 
 
 def papermill(name, folder, *words):
