@@ -8,7 +8,7 @@ __all__ = ['QUESTIONS', 'NOT_MEASURED', 'MEASURES', 'CONTENTS', 'find_records', 
            'table_5', 'table_6', 'interval_of', 'summarise', 'compare', 'sentence_of', 'summary_rows', 'table_4',
            'figure_2', 'contents_row', 'readme', 'build_tables', 'main']
 
-# %% ../nbs/12b_tables.ipynb #f2414d8f
+# %% ../nbs/12b_tables.ipynb #2fc78d41
 import argparse
 import sys
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from .config import presets, recipe
 from .paper import COLUMNS_2, SCORE_NAMES, SOURCES, TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, TABLE_6
 from .results import RunRecord, read_record, repository_root, write_atomically, write_table
 
-# %% ../nbs/12b_tables.ipynb #97e43785
+# %% ../nbs/12b_tables.ipynb #aee7e8ce
 QUESTIONS = {  # run notebook -> its title
     'benchmark_coco': 'How far are its pictures from those of COCO?',
     'benchmark_mjhq': 'How far are its pictures from those of MJHQ-30K?',
@@ -46,7 +46,7 @@ def records_of(
     "The records that a run notebook left."
     return {where: run for where, run in records.items() if run.question == QUESTIONS[notebook]}
 
-# %% ../nbs/12b_tables.ipynb #a49b69b1
+# %% ../nbs/12b_tables.ipynb #8e5a7e65
 def conditions_of(
     run: RunRecord,
 ) -> str:  # the label, the data, and what else the record's conditions hold
@@ -86,7 +86,7 @@ class Measured:
                 'high': self.high, 'n': self.n, 'conditions': conditions_of(self.run), 'commit': (self.run.git['commit'] or '')[:10],
                 'record': f'[record]({self.where})'}
 
-# %% ../nbs/12b_tables.ipynb #81cd35c7
+# %% ../nbs/12b_tables.ipynb #74b1b1b5
 def from_pictures(where: str, run: RunRecord, measure: str) -> Iterable[Measured]:
     "What a record of COCO or MJHQ-30K holds."
     found = run.metrics
@@ -126,7 +126,7 @@ def all_measured(
             found += numbers(where, run)
     return found
 
-# %% ../nbs/12b_tables.ipynb #59b5fd28
+# %% ../nbs/12b_tables.ipynb #8b81b5f6
 NOT_MEASURED = 'not measured here'
 
 
@@ -154,7 +154,7 @@ def beside(
         table.append(full)
     return table
 
-# %% ../nbs/12b_tables.ipynb #d9de0d00
+# %% ../nbs/12b_tables.ipynb #8e4153fe
 def count_parameters(config) -> int:
     "Parameters of a flow with its text side, counted without making them."
     import torch
@@ -199,7 +199,7 @@ def table_6() -> list[dict]:
                      'our recipe, tiny': str(of('tiny'))})
     return rows
 
-# %% ../nbs/12b_tables.ipynb #e5939707
+# %% ../nbs/12b_tables.ipynb #3cfdf6f1
 def interval_of(
     values: list[float],  # one a seed
 ) -> tuple[float | None, float | None]:  # None with fewer than two
@@ -228,7 +228,7 @@ def summarise(
         rows.append(row)
     return rows
 
-# %% ../nbs/12b_tables.ipynb #56bc4511
+# %% ../nbs/12b_tables.ipynb #5afec4c8
 def compare(
     runs: Iterable[RunRecord],  # as for `summarise`, with their seeds
     better: str,  # variant that should be better
@@ -257,7 +257,7 @@ def sentence_of(
     return (f"{found['better']} over {found['worse']}, {found['measure']}: a gain of {found['gain']:.4g}{span} over {found['seeds']} seeds. "
             f"{claim[:1].upper()}{claim[1:]}: {found['verdict']}.")
 
-# %% ../nbs/12b_tables.ipynb #eab2629e
+# %% ../nbs/12b_tables.ipynb #9eec6f93
 MEASURES = {  # notebook -> what is averaged over seeds
     'ablations': ('right, no text at decoding (%)', 'FID, stand-in features', 'flow loss', 'seconds'),
     'text_as_source': ('right (%)', 'FID, stand-in features', 'seconds a picture', 'training memory (MB)', 'training seconds',
@@ -288,17 +288,17 @@ def figure_2(records: dict[str, RunRecord]) -> list[dict]:
     "Text as a source and as a condition, measured."
     return summary_rows(records, 'text_as_source')[0] or [{'variant': 'all', 'conditions': NOT_MEASURED}]
 
-# %% ../nbs/12b_tables.ipynb #a2b1c0dc
+# %% ../nbs/12b_tables.ipynb #ab4a9c64
 CONTENTS = (  # name, what it is about, notebook, files
     ('table 1', 'sizes of the models', '', ('table_1',)),
     ('table 2', 'pictures from captions', 'benchmark_coco benchmark_mjhq benchmark_speed', ('table_2',)),
     ('table 3', 'captions from pictures', 'benchmark_captions', ('table_3',)),
-    ('table 4', 'the alignment loss and more, taken apart', 'ablations', ('table_4',)),
+    ('table 4', 'the alignment loss and more, taken apart', 'ablations', ('table_4', 'ablations/summary.png')),
     ('table 5', 'training data', '', ('table_5',)), ('table 6', 'hyper-parameters', '', ('table_6',)),
-    ('figure 1', 'pictures with their prompts', 'figures', ('figure_1.png',)),
-    ('figure 2', 'text as a source or as a condition', 'text_as_source', ('figure_2',)),
-    ('figure 3', 'quality against cost and speed', 'figures', ('figure_3.png',)),
-    ('figure 4', 'overview of the system', 'figures', ('figure_4.png',)))
+    ('figure 1', 'pictures with their prompts', 'figures', ('figures/figure_1.png',)),
+    ('figure 2', 'text as a source or as a condition', 'text_as_source', ('figure_2', 'text_as_source/curves.png')),
+    ('figure 3', 'quality against cost and speed', 'figures', ('figures/figure_3.png',)),
+    ('figure 4', 'overview of the system', 'figures', ('figures/figure_4.png',)))
 
 
 def contents_row(folder: Path, records: dict[str, RunRecord], name: str, about: str, notebooks: str, files: tuple) -> dict:
@@ -331,7 +331,7 @@ def readme(folder: Path, records: dict[str, RunRecord]) -> str:
         parts += ['## Other records', table(others)]
     return '\n\n'.join(parts) + '\n'
 
-# %% ../nbs/12b_tables.ipynb #59b9bc0e
+# %% ../nbs/12b_tables.ipynb #80ac789b
 def build_tables(
     folder: str | Path,  # papers_results, or a copy
 ) -> list[Path]:  # files written

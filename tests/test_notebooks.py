@@ -14,7 +14,8 @@ from flowtok.results import read_record
 smoke = {'train': {}, 'cluster': {'seconds': .1, 'samples': 500}, 'quickstart': {'steps': 4, 'samples': 32, 'num_inference_steps': 2},
          'benchmark_coco': {'n': 12, 'num_inference_steps': 2, 'bootstraps': 2}, 'benchmark_mjhq': {'n': 20, 'num_inference_steps': 2, 'bootstraps': 2},
          'benchmark_captions': {'n': 6, 'scores': 'plain'}, 'ablations': {'only': 'base,target pool', 'seeds': 2},
-         'text_as_source': {'seeds': 1, 'steps': 3, 'num_inference_steps': 2}}
+         'text_as_source': {'seeds': 1, 'steps': 3, 'num_inference_steps': 2},
+         'benchmark_speed': {'batch_size': 2, 'repeats': 1, 'num_inference_steps': 2}, 'figures': {'samples': 4, 'num_inference_steps': 2}}
 
 
 def papermill(name, folder, *words):

@@ -119,12 +119,10 @@ def test_tables_are_what_the_records_give(tmp_path):
     for where in committed:
         (copy / where).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / where, copy / where)
-    for name in written:                                                         # links to pictures depend on what is there
-        shutil.copy(folder / f'{name}.md', copy)
-    for picture in folder.glob('figure_*.png'):
-        shutil.copy(picture, copy)
-    for name in written:
-        (copy / f'{name}.md').unlink()
+    for picture in folder.glob('*/*.png'):                                       # the README links to those that are there
+        (copy / picture.parent.name).mkdir(exist_ok=True)
+        shutil.copy(picture, copy / picture.parent.name)
+    assert not list(copy.glob('*.md'))
     made = tables.build_tables(copy)
     assert {path.name for path in made} == {f'{name}{ending}' for name in written for ending in ('.csv', '.md')} | {'README.md'}
     changed = [path.name for path in made if path.read_text() != (folder / path.name).read_text()]
