@@ -6,7 +6,7 @@
 __all__ = ['unet', 'sdxl', 'pixart', 'peers', 'Peer', 'shrink', 'Timed', 'count', 'vae', 'build_flow', 'build_denoiser',
            'build_peer', 'shortest', 'speed_of']
 
-# %% ../nbs/19_peers.ipynb #97cc0b5f
+# %% ../nbs/19_peers.ipynb #aaa4ed30
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from .model import FlowTok
 from .tokenizer import ImageTokenizer
 from .twins import Source2d, crossflow
 
-# %% ../nbs/19_peers.ipynb #6cba0018
+# %% ../nbs/19_peers.ipynb #d81550e6
 @dataclass(frozen=True)
 class Peer:
     "A model to be timed."
@@ -34,11 +34,13 @@ class Peer:
 
 unet = {'sample_size': 32, 'block_out_channels': (320, 640, 1280, 1280), 'attention_head_dim': 8}
 sdxl = {'sample_size': 32, 'block_out_channels': (320, 640, 1280), 'attention_head_dim': (5, 10, 20), 'cross_attention_dim': 2048,
-        'transformer_layers_per_block': (1, 2, 10), 'use_linear_projection': True, 'addition_embed_type': 'text_time', 'addition_time_embed_dim': 256,
-        'projection_class_embeddings_input_dim': 2816, 'down_block_types': ('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
+        'transformer_layers_per_block': (1, 2, 10), 'use_linear_projection': True, 'addition_embed_type': 'text_time',
+        'addition_time_embed_dim': 256, 'projection_class_embeddings_input_dim': 2816,
+        'down_block_types': ('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
         'up_block_types': ('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D')}
-pixart = {'sample_size': 32, 'num_layers': 28, 'num_attention_heads': 16, 'attention_head_dim': 72, 'in_channels': 4, 'out_channels': 8,
-          'cross_attention_dim': 1152, 'caption_channels': 4096, 'patch_size': 2, 'norm_type': 'ada_norm_single', 'use_additional_conditions': False}
+pixart = {'sample_size': 32, 'num_layers': 28, 'num_attention_heads': 16, 'attention_head_dim': 72, 'in_channels': 4,
+          'out_channels': 8, 'cross_attention_dim': 1152, 'caption_channels': 4096, 'patch_size': 2,
+          'norm_type': 'ada_norm_single', 'use_additional_conditions': False}
 peers = {peer.method: peer for peer in (
     Peer('PixArt-alpha', 20, 4.5, 'release: DPM-Solver, 20 steps', pixart),
     Peer('SDXL', 50, 5.0, 'release: Euler, 50 steps', sdxl),
@@ -50,21 +52,22 @@ peers = {peer.method: peer for peer in (
     Peer('FlowTok-XL', 20, 2.0, "the authors' script", preset('xl'), ''),
     Peer('FlowTok-H', 20, 2.0, "the authors' script", preset('h'), ''))}
 
-# %% ../nbs/19_peers.ipynb #41b30741
+# %% ../nbs/19_peers.ipynb #f7eb09c2
 def shrink(size: dict | FlowTokConfig) -> dict | FlowTokConfig:
     "The same architecture with few channels."
     if isinstance(size, FlowTokConfig):
-        tokens = replace(size.tokenizer, encoder_width=64, encoder_depth=1, encoder_heads=4, decoder_width=64, decoder_depth=1, decoder_heads=4)
-        return replace(size, tokenizer=tokens, flow=FlowConfig(depth=1, width=64, heads=4),
-                       text=replace(size.text, width=64, projector_depth=1, projector_hidden=64, decoder_depth=1, decoder_width=64, decoder_heads=4))
+        tokens = replace(size.tokenizer, encoder_width=64, encoder_depth=1, encoder_heads=4, decoder_width=64, decoder_depth=1,
+                         decoder_heads=4)
+        text = replace(size.text, width=64, projector_depth=1, projector_hidden=64, decoder_depth=1, decoder_width=64, decoder_heads=4)
+        return replace(size, tokenizer=tokens, flow=FlowConfig(depth=1, width=64, heads=4), text=text)
     if 'num_layers' in size:
         return size | {'num_layers': 1, 'num_attention_heads': 2, 'attention_head_dim': 16, 'cross_attention_dim': 32, 'caption_channels': 32}
-    few = {'block_out_channels': tuple(32 * 2 ** min(i, 1) for i in range(len(size['block_out_channels']))), 'attention_head_dim': 4, 'layers_per_block': 1,
-           'cross_attention_dim': 32}
-    text = {'transformer_layers_per_block': 1, 'addition_time_embed_dim': 8, 'projection_class_embeddings_input_dim': 80} if 'addition_embed_type' in size else {}
-    return size | few | text
+    few = {'block_out_channels': tuple(32 * 2 ** min(i, 1) for i in range(len(size['block_out_channels']))),
+           'attention_head_dim': 4, 'layers_per_block': 1, 'cross_attention_dim': 32}
+    text = {'transformer_layers_per_block': 1, 'addition_time_embed_dim': 8, 'projection_class_embeddings_input_dim': 80}
+    return size | few | (text if 'addition_embed_type' in size else {})
 
-# %% ../nbs/19_peers.ipynb #fd97d918
+# %% ../nbs/19_peers.ipynb #bb7e3e35
 @dataclass
 class Timed:
     "A model as the clock sees it."
@@ -103,12 +106,13 @@ def build_flow(config: FlowTokConfig, device: str, dtype: torch.dtype, small: bo
     text = torch.randn(1, config.text.length, config.text.width, device=device, dtype=dtype)
     return Timed(count(network), evaluate, lambda b: tokenizer.decode(tokens(b), text.repeat(b, 1, 1)))
 
-
+# %% ../nbs/19_peers.ipynb #bf564b2c
 def build_denoiser(size: dict, device: str, dtype: torch.dtype, small: bool) -> Timed:
     "A model of diffusers."
     from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
     transformer = 'num_layers' in size
-    network = nn.Module.to((PixArtTransformer2DModel if transformer else UNet2DConditionModel)(**size), device, dtype).eval()
+    kind = PixArtTransformer2DModel if transformer else UNet2DConditionModel
+    network = nn.Module.to(kind(**size), device, dtype).eval()
     width = size['caption_channels'] if transformer else size['cross_attention_dim']
     length = 120 if transformer else 77
     more = {}
@@ -121,10 +125,11 @@ def build_denoiser(size: dict, device: str, dtype: torch.dtype, small: bool) -> 
             more['added_cond_kwargs'] = {'text_embeds': normal(b, pooled), 'time_ids': normal(b, 6)}
         if transformer:
             more['added_cond_kwargs'] = {'resolution': None, 'aspect_ratio': None}
-        return network(normal(b, 4, 32, 32), encoder_hidden_states=normal(b, length, width), timestep=torch.full((b,), 500, device=device), **more).sample
+        when = torch.full((b,), 500, device=device)
+        return network(normal(b, 4, 32, 32), encoder_hidden_states=normal(b, length, width), timestep=when, **more).sample
     return Timed(count(network), evaluate, vae(device, dtype, small))
 
-
+# %% ../nbs/19_peers.ipynb #3fd31f95
 def build_peer(
     peer: Peer,
     device: str = 'cpu',
@@ -136,7 +141,7 @@ def build_peer(
     dtype, size = torch.float32 if device == 'cpu' else torch.float16, shrink(peer.size) if small else peer.size
     return (build_flow if isinstance(size, FlowTokConfig) else build_denoiser)(size, device, dtype, small)
 
-# %% ../nbs/19_peers.ipynb #b81fbe84
+# %% ../nbs/19_peers.ipynb #8bfa16b0
 @torch.no_grad()
 def shortest(
     work: Callable[[int], Tensor],

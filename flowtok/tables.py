@@ -8,7 +8,7 @@ __all__ = ['QUESTIONS', 'NOT_MEASURED', 'MEASURES', 'CONTENTS', 'find_records', 
            'table_5', 'table_6', 'interval_of', 'summarise', 'compare', 'sentence_of', 'summary_rows', 'table_4',
            'figure_2', 'contents_row', 'readme', 'build_tables', 'main']
 
-# %% ../nbs/12b_tables.ipynb #2fc78d41
+# %% ../nbs/12b_tables.ipynb #4b0bc650
 import argparse
 import sys
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from .config import presets, recipe
 from .paper import COLUMNS_2, SCORE_NAMES, SOURCES, TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, TABLE_6
 from .results import RunRecord, read_record, repository_root, write_atomically, write_table
 
-# %% ../nbs/12b_tables.ipynb #aee7e8ce
+# %% ../nbs/12b_tables.ipynb #067ec768
 QUESTIONS = {  # run notebook -> its title
     'benchmark_coco': 'How far are its pictures from those of COCO?',
     'benchmark_mjhq': 'How far are its pictures from those of MJHQ-30K?',
@@ -46,13 +46,13 @@ def records_of(
     "The records that a run notebook left."
     return {where: run for where, run in records.items() if run.question == QUESTIONS[notebook]}
 
-# %% ../nbs/12b_tables.ipynb #8e5a7e65
+# %% ../nbs/12b_tables.ipynb #1a19670f
 def conditions_of(
     run: RunRecord,
 ) -> str:  # the label, the data, and what else the record's conditions hold
     "The circumstances of a record in words."
     usual = 'scale', 'reduced', 'stand_ins'
-    more = [f'{name} {value:g}' if isinstance(value, (int, float)) and not isinstance(value, bool) else f'{name} {value}'
+    more = [f'{name} {value:g}' if type(value) in (int, float) else f'{name} {value}'
             for name, value in run.conditions.items() if name not in usual and not isinstance(value, (dict, list))]
     return '; '.join([run.label(), run.data['name'], *([', '.join(more)] if more else [])])
 
@@ -83,10 +83,10 @@ class Measured:
     def row(self) -> dict:
         "All of it as a row of the long table."
         return {'method': self.method, 'measure': self.measure, 'how': self.how, 'value': self.value, 'low': self.low,
-                'high': self.high, 'n': self.n, 'conditions': conditions_of(self.run), 'commit': (self.run.git['commit'] or '')[:10],
-                'record': f'[record]({self.where})'}
+                'high': self.high, 'n': self.n, 'conditions': conditions_of(self.run),
+                'commit': (self.run.git['commit'] or '')[:10], 'record': f'[record]({self.where})'}
 
-# %% ../nbs/12b_tables.ipynb #74b1b1b5
+# %% ../nbs/12b_tables.ipynb #411d4939
 def from_pictures(where: str, run: RunRecord, measure: str) -> Iterable[Measured]:
     "What a record of COCO or MJHQ-30K holds."
     found = run.metrics
@@ -94,18 +94,19 @@ def from_pictures(where: str, run: RunRecord, measure: str) -> Iterable[Measured
         yield Measured(where, run, found['method'], measure, resize, fid['fid'], fid['low'], fid['high'], found['n'])
     for category, both in found.get('categories', {}).items():
         for resize, fid in both.items():
-            yield Measured(where, run, found['method'], f'{measure}, {category}', resize, fid['fid'], fid['low'], fid['high'], fid['n'])
+            yield Measured(where, run, found['method'], f'{measure}, {category}', resize, fid['fid'], fid['low'], fid['high'],
+                           fid['n'])
     clip = found['clip_score']
-    yield Measured(where, run, found['method'], f'CLIP score, {measure.split()[0]}', clip['model'], clip['mean'], clip['low'], clip['high'],
-                   found['n'], clip['why'])
+    yield Measured(where, run, found['method'], f'CLIP score, {measure.split()[0]}', clip['model'], clip['mean'], clip['low'],
+                   clip['high'], found['n'], clip['why'])
 
 
 def from_captions(where: str, run: RunRecord) -> Iterable[Measured]:
     "What a record of captions holds."
     for one in run.metrics['sets']:
         for name in SCORE_NAMES:
-            yield Measured(where, run, run.metrics['method'], name, f"{one['set']}, {one['references']} references", one['scores'][name],
-                           n=one['n'], why=one['not_available'].get(name, ''))
+            yield Measured(where, run, run.metrics['method'], name, f"{one['set']}, {one['references']} references",
+                           one['scores'][name], n=one['n'], why=one['not_available'].get(name, ''))
 
 
 def from_speed(where: str, run: RunRecord) -> Iterable[Measured]:
@@ -126,7 +127,7 @@ def all_measured(
             found += numbers(where, run)
     return found
 
-# %% ../nbs/12b_tables.ipynb #8b81b5f6
+# %% ../nbs/12b_tables.ipynb #07c9e42c
 NOT_MEASURED = 'not measured here'
 
 
@@ -154,7 +155,7 @@ def beside(
         table.append(full)
     return table
 
-# %% ../nbs/12b_tables.ipynb #8e4153fe
+# %% ../nbs/12b_tables.ipynb #81b2ac70
 def count_parameters(config) -> int:
     "Parameters of a flow with its text side, counted without making them."
     import torch
@@ -169,7 +170,8 @@ def table_1() -> list[dict]:
     rows = []
     for name, paper in TABLE_1.items():
         flow = presets[name].flow
-        ours = {'depth': flow.depth, 'width': flow.width, 'mlp': 4 * flow.width, 'heads': flow.heads, 'params': f'{count_parameters(presets[name]):,}'}
+        ours = {'depth': flow.depth, 'width': flow.width, 'mlp': 4 * flow.width, 'heads': flow.heads,
+                'params': f'{count_parameters(presets[name]):,}'}
         rows.append({'model': paper['model'], **{key: value for column in ours for key, value in (
             (f'{column} (paper)', paper[column]), (f'{column} (preset)', ours[column]))}})
     return rows
@@ -195,11 +197,11 @@ def table_6() -> list[dict]:
             config, how = presets[scale], recipe(scale, 'text-to-image')
             parts = how, config.text, config.tokenizer
             return next(getattr(part, name) for part in parts if hasattr(part, name))
-        rows.append({'value': name, "authors' configuration": str(paper), 'our recipe, xl': str(of('xl')), 'the same': 'yes' if of('xl') == paper else 'no',
-                     'our recipe, tiny': str(of('tiny'))})
+        rows.append({'value': name, "authors' configuration": str(paper), 'our recipe, xl': str(of('xl')),
+                     'the same': 'yes' if of('xl') == paper else 'no', 'our recipe, tiny': str(of('tiny'))})
     return rows
 
-# %% ../nbs/12b_tables.ipynb #3cfdf6f1
+# %% ../nbs/12b_tables.ipynb #c964dea8
 def interval_of(
     values: list[float],  # one a seed
 ) -> tuple[float | None, float | None]:  # None with fewer than two
@@ -228,7 +230,7 @@ def summarise(
         rows.append(row)
     return rows
 
-# %% ../nbs/12b_tables.ipynb #5afec4c8
+# %% ../nbs/12b_tables.ipynb #c99084d6
 def compare(
     runs: Iterable[RunRecord],  # as for `summarise`, with their seeds
     better: str,  # variant that should be better
@@ -254,10 +256,10 @@ def sentence_of(
 ) -> str:
     "A comparison in words."
     span = '' if found['low'] is None else f" (95% interval {found['low']:.4g} to {found['high']:.4g})"
-    return (f"{found['better']} over {found['worse']}, {found['measure']}: a gain of {found['gain']:.4g}{span} over {found['seeds']} seeds. "
-            f"{claim[:1].upper()}{claim[1:]}: {found['verdict']}.")
+    return (f"{found['better']} over {found['worse']}, {found['measure']}: a gain of {found['gain']:.4g}{span} over "
+            f"{found['seeds']} seeds. {claim[:1].upper()}{claim[1:]}: {found['verdict']}.")
 
-# %% ../nbs/12b_tables.ipynb #9eec6f93
+# %% ../nbs/12b_tables.ipynb #335e5e29
 MEASURES = {  # notebook -> what is averaged over seeds
     'ablations': ('right, no text at decoding (%)', 'FID, stand-in features', 'flow loss', 'seconds'),
     'text_as_source': ('right (%)', 'FID, stand-in features', 'seconds a picture', 'training memory (MB)', 'training seconds',
@@ -288,7 +290,7 @@ def figure_2(records: dict[str, RunRecord]) -> list[dict]:
     "Text as a source and as a condition, measured."
     return summary_rows(records, 'text_as_source')[0] or [{'variant': 'all', 'conditions': NOT_MEASURED}]
 
-# %% ../nbs/12b_tables.ipynb #ab4a9c64
+# %% ../nbs/12b_tables.ipynb #2b1d9861
 CONTENTS = (  # name, what it is about, notebook, files
     ('table 1', 'sizes of the models', '', ('table_1',)),
     ('table 2', 'pictures from captions', 'benchmark_coco benchmark_mjhq benchmark_speed', ('table_2',)),
@@ -301,12 +303,22 @@ CONTENTS = (  # name, what it is about, notebook, files
     ('figure 4', 'overview of the system', 'figures', ('figures/figure_4.png',)))
 
 
-def contents_row(folder: Path, records: dict[str, RunRecord], name: str, about: str, notebooks: str, files: tuple) -> dict:
+def contents_row(
+    folder: Path,  # of the tables
+    records: dict[str, RunRecord],
+    name: str,  # these four as in CONTENTS
+    about: str,
+    notebooks: str,
+    files: tuple[str, ...],
+) -> dict:
     "One line of the README."
-    runs = {where: run for notebook in notebooks.split() for where, run in records_of(records, notebook).items() if where.count('/') < 2}
-    links = [f"[{stem}]({stem if '.' in stem else stem + '.md'})" for stem in files if (folder / (stem if '.' in stem else stem + '.md')).exists()]
+    runs = {where: run for notebook in notebooks.split() for where, run in records_of(records, notebook).items()
+            if where.count('/') < 2}                                             # of many seeds, the summary
+    there = [name if '.' in name else f'{name}.md' for name in files]
+    links = [f'[{Path(name).stem}]({name})' for name in there if (folder / name).exists()]
     return {'of the paper': f'{name}, {about}', 'here': ', '.join(links) or NOT_MEASURED,
-            'records': '<br>'.join(f'[{run.label()}]({where})' for where, run in runs.items()) or ('from the presets' if not notebooks else NOT_MEASURED),
+            'records': '<br>'.join(f'[{run.label()}]({where})' for where, run in runs.items())
+                       or (NOT_MEASURED if notebooks else 'from the presets'),
             'notebooks': ', '.join(f'[{notebook}](../nbs/{notebook}.ipynb)' for notebook in notebooks.split()),
             "the paper's values from": SOURCES.get(name, SOURCES['table 2'] if name == 'figure 3' else '')}
 
@@ -315,15 +327,18 @@ def readme(folder: Path, records: dict[str, RunRecord]) -> str:
     "The text of papers_results/README.md."
     def table(rows):
         names = list(rows[0])
-        return '\n'.join(f"| {' | '.join(line)} |" for line in (names, ['---'] * len(names), *([row[name] for name in names] for row in rows)))
+        lines = names, ['---'] * len(names), *([row[name] for name in names] for row in rows)
+        return '\n'.join(f"| {' | '.join(line)} |" for line in lines)
 
     others = [{'question': run.question, 'conditions': conditions_of(run), 'record': f'[record]({where})'}
               for where, run in records.items() if run.question not in QUESTIONS.values()]
     sentences = [sentence for notebook in MEASURES for sentence in summary_rows(records, notebook)[1]]
     parts = ["# The paper's tables and figures, rebuilt",
-             "Written by `python -m flowtok.tables` from the records in this folder and from the paper's values in `nbs/12a_paper.ipynb`; edit neither this file nor a table by hand. "
-             "A number that was measured here stands beside its label: the scale, *reduced* where it is smaller than the paper's, and every stand-in. "
-             "Such a number says how this code behaves, and cannot be compared with the paper's. [All measured numbers of tables 2 and 3](measured.md) are listed with every digit, too ([csv](measured.csv)).",
+             "Written by `python -m flowtok.tables` from the records in this folder and from the paper's values in "
+             "`nbs/12a_paper.ipynb`; edit neither this file nor a table by hand. A number that was measured here stands beside "
+             "its label: the scale, *reduced* where it is smaller than the paper's, and every stand-in. Such a number says how "
+             "this code behaves, and cannot be compared with the paper's. [All measured numbers of tables 2 and 3](measured.md) "
+             "are listed with every digit, too ([csv](measured.csv)).",
              table([contents_row(folder, records, *entry) for entry in CONTENTS])]
     if sentences:
         parts += ['## What the comparisons say', '\n'.join(f'- {sentence}' for sentence in sentences)]
@@ -331,7 +346,7 @@ def readme(folder: Path, records: dict[str, RunRecord]) -> str:
         parts += ['## Other records', table(others)]
     return '\n\n'.join(parts) + '\n'
 
-# %% ../nbs/12b_tables.ipynb #80ac789b
+# %% ../nbs/12b_tables.ipynb #1acb1a10
 def build_tables(
     folder: str | Path,  # papers_results, or a copy
 ) -> list[Path]:  # files written

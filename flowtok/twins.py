@@ -6,7 +6,7 @@
 __all__ = ['crossflow', 'KINDS', 'CrossAttention', 'CrossBlock', 'initialize_as_dit', 'Conditioned', 'Source2d', 'grid_config',
            'parameters_of', 'build_network', 'match', 'Twin', 'step_memory', 'train_twin']
 
-# %% ../nbs/17_twins.ipynb #db26e272
+# %% ../nbs/17_twins.ipynb #8a29d8dc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ from .objective import ObjectiveConfig, text_to_image_terms, total
 from .text import AlignmentMLP, TextProjector
 from .train import Ema, cpu_has_bf16, make_optimizers, rate_factor, seed_of
 
-# %% ../nbs/17_twins.ipynb #876df9f2
+# %% ../nbs/17_twins.ipynb #08864ea7
 class CrossAttention(nn.Module):
     "The picture's tokens listen to the text's."
 
@@ -59,7 +59,7 @@ class CrossBlock(ModulatedBlock):
         x = x + self.cross(x, text)
         return x + gate_m[:, None] * self.mlp(self.norm2(x) * (1 + scale_m[:, None]) + shift_m[:, None])
 
-# %% ../nbs/17_twins.ipynb #d0918f15
+# %% ../nbs/17_twins.ipynb #9d7c623e
 def initialize_as_dit(module: nn.Module):
     "The first weights of a DiT, for a network of the same parts."
     for layer in (layer for layer in module.modules() if isinstance(layer, nn.Linear)):
@@ -70,7 +70,7 @@ def initialize_as_dit(module: nn.Module):
     for layer in (*(block.modulation for block in module.blocks), module.final.modulation, module.final.linear):
         nn.init.zeros_(layer.weight)
 
-# %% ../nbs/17_twins.ipynb #c6f01b86
+# %% ../nbs/17_twins.ipynb #5e1d8436
 class Conditioned(nn.Module):
     "Noise to picture, with the text as a condition."
 
@@ -114,7 +114,7 @@ class Conditioned(nn.Module):
             h = block(h, c, text) if self.kind == 'cross' else block(h, c)
         return self.final(h[:, :k], c)
 
-# %% ../nbs/17_twins.ipynb #5e926d36
+# %% ../nbs/17_twins.ipynb #54ddb0c3
 class Source2d(nn.Module):
     "FlowTok with a grid of latents: the text's tokens are spread over its cells."
 
@@ -125,7 +125,8 @@ class Source2d(nn.Module):
         super().__init__()
         cells, channels, n = config.tokenizer.num_tokens, config.tokenizer.token_dim, config.text.length
         self.config, self.shape = config, (cells, channels)
-        wide = replace(config, tokenizer=replace(config.tokenizer, token_dim=math.ceil(cells * channels / n), anchored=False))
+        tokens = replace(config.tokenizer, token_dim=math.ceil(cells * channels / n), anchored=False)
+        wide = replace(config, tokenizer=tokens)
         self.dit, self.projector, self.alignment = DiT(config), TextProjector(wide), AlignmentMLP(wide)
         self.temperature = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
@@ -158,9 +159,10 @@ def grid_config(
 
 
 crossflow = FlowTokConfig(  # for speed: 32 x 32 x 4 latents in patches of 2 x 2, and about CrossFlow's 950M parameters
-    'crossflow', TokenizerConfig(num_tokens=256, token_dim=16, latent_scale=1.), flow=FlowConfig(depth=38, width=1152, heads=16))
+    'crossflow', TokenizerConfig(num_tokens=256, token_dim=16, latent_scale=1.),
+    flow=FlowConfig(depth=38, width=1152, heads=16))
 
-# %% ../nbs/17_twins.ipynb #7e40e75a
+# %% ../nbs/17_twins.ipynb #35733648
 KINDS = 'source', 'cross', 'concat', 'source 2d'
 
 
@@ -190,10 +192,11 @@ def match(
         if best is None or off < best[0]:
             best = off, tried
     if best[0] > 0.05:
-        raise ValueError(f"No width of a multiple of {step} gives {kind!r} {wanted:,} parameters within 5%: the best is {best[0]:.0%} off.")
+        raise ValueError(f"No width of a multiple of {step} gives {kind!r} {wanted:,} parameters within 5%: the best is "
+                         f"{best[0]:.0%} off.")
     return best[1]
 
-# %% ../nbs/17_twins.ipynb #f43b1af4
+# %% ../nbs/17_twins.ipynb #f18efeca
 @dataclass
 class Twin:
     "A network, what it is trained with, and how it is sampled."
@@ -243,7 +246,7 @@ class Twin:
             return self.network.velocity(x, t, indicator, features.repeat(len(x) // len(features), 1, 1))
         return sample(velocity, noise, **how)
 
-# %% ../nbs/17_twins.ipynb #29c11543
+# %% ../nbs/17_twins.ipynb #00639688
 def step_memory(
     network: nn.Module,
     step: Callable[[], Tensor],  # the loss of a batch
@@ -265,7 +268,7 @@ def step_memory(
     learned = sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
     return (4 * learned + sum(size for place, size in kept.items() if place not in own)) / 1e6
 
-
+# %% ../nbs/17_twins.ipynb #d5d591f9
 def train_twin(
     twin: Twin,
     batches: Iterator[tuple[Tensor, Tensor]],  # features (b, n, c) and latents of pictures (b, k, d), without end
