@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'NOT_MEASURED', 'MEASURES', 'CONTENTS', 'find_records', 'records_of', 'conditions_of', 'Measured',
-           'from_pictures', 'from_captions', 'from_speed', 'all_measured', 'beside', 'count_parameters', 'table_1',
-           'table_5', 'table_6', 'interval_of', 'summarise', 'compare', 'sentence_of', 'summary_rows', 'table_4',
-           'figure_2', 'contents_row', 'readme', 'build_tables', 'main']
+           'from_pictures', 'from_captions', 'from_speed', 'from_training', 'all_measured', 'beside',
+           'count_parameters', 'table_1', 'table_5', 'table_6', 'interval_of', 'summarise', 'compare', 'sentence_of',
+           'summary_rows', 'table_4', 'figure_2', 'contents_row', 'readme', 'build_tables', 'main']
 
-# %% ../nbs/12b_tables.ipynb #4b0bc650
+# %% ../nbs/12b_tables.ipynb #cf376975
 import argparse
 import sys
 from collections.abc import Iterable
@@ -20,8 +20,9 @@ from .config import presets, recipe
 from .paper import COLUMNS_2, SCORE_NAMES, SOURCES, TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, TABLE_6
 from .results import RunRecord, read_record, repository_root, write_atomically, write_table
 
-# %% ../nbs/12b_tables.ipynb #067ec768
+# %% ../nbs/12b_tables.ipynb #14caa9c5
 QUESTIONS = {  # run notebook -> its title
+    'train': 'Can a FlowTok be trained here, from nothing?',
     'benchmark_coco': 'How far are its pictures from those of COCO?',
     'benchmark_mjhq': 'How far are its pictures from those of MJHQ-30K?',
     'benchmark_captions': 'How well does it caption?',
@@ -46,7 +47,7 @@ def records_of(
     "The records that a run notebook left."
     return {where: run for where, run in records.items() if run.question == QUESTIONS[notebook]}
 
-# %% ../nbs/12b_tables.ipynb #1a19670f
+# %% ../nbs/12b_tables.ipynb #4010f7e4
 def conditions_of(
     run: RunRecord,
 ) -> str:  # the label, the data, and what else the record's conditions hold
@@ -86,7 +87,7 @@ class Measured:
                 'high': self.high, 'n': self.n, 'conditions': conditions_of(self.run),
                 'commit': (self.run.git['commit'] or '')[:10], 'record': f'[record]({self.where})'}
 
-# %% ../nbs/12b_tables.ipynb #411d4939
+# %% ../nbs/12b_tables.ipynb #b149a73c
 def from_pictures(where: str, run: RunRecord, measure: str) -> Iterable[Measured]:
     "What a record of COCO or MJHQ-30K holds."
     found = run.metrics
@@ -115,6 +116,15 @@ def from_speed(where: str, run: RunRecord) -> Iterable[Measured]:
         yield Measured(where, run, one['method'], 'images/s', one['how'], one['images/s'], n=one['images'], why=one['why'])
 
 
+def from_training(where: str, run: RunRecord) -> Iterable[Measured]:
+    "What a record of a training says of its cost; the paper counts the generator alone, and so does this."
+    seconds, scale, machine = run.metrics['training_seconds'].get('text-to-image'), run.conditions['scale'], run.hardware
+    if seconds is not None:
+        on = ', '.join(machine['gpus']) or f"{machine['cores']} cores of {machine['cpu']}"
+        name = f"FlowTok-{scale.upper() if scale in TABLE_1 else scale}"
+        yield Measured(where, run, name, COLUMNS_2[4], f'SECONDS of text to image on {on}, not days on 8 A100', seconds)
+
+
 def all_measured(
     records: dict[str, RunRecord],  # from `find_records`
 ) -> list[Measured]:
@@ -122,12 +132,13 @@ def all_measured(
     found = []
     for notebook, numbers in (('benchmark_coco', lambda *of: from_pictures(*of, COLUMNS_2[6])),
                               ('benchmark_mjhq', lambda *of: from_pictures(*of, COLUMNS_2[7])),
-                              ('benchmark_speed', from_speed), ('benchmark_captions', from_captions)):
+                              ('benchmark_speed', from_speed), ('train', from_training),
+                              ('benchmark_captions', from_captions)):
         for where, run in records_of(records, notebook).items():
             found += numbers(where, run)
     return found
 
-# %% ../nbs/12b_tables.ipynb #07c9e42c
+# %% ../nbs/12b_tables.ipynb #90190f77
 NOT_MEASURED = 'not measured here'
 
 
@@ -155,7 +166,7 @@ def beside(
         table.append(full)
     return table
 
-# %% ../nbs/12b_tables.ipynb #81b2ac70
+# %% ../nbs/12b_tables.ipynb #308af2e2
 def count_parameters(config) -> int:
     "Parameters of a flow with its text side, counted without making them."
     import torch
@@ -201,7 +212,7 @@ def table_6() -> list[dict]:
                      'the same': 'yes' if of('xl') == paper else 'no', 'our recipe, tiny': str(of('tiny'))})
     return rows
 
-# %% ../nbs/12b_tables.ipynb #c964dea8
+# %% ../nbs/12b_tables.ipynb #149cef25
 def interval_of(
     values: list[float],  # one a seed
 ) -> tuple[float | None, float | None]:  # None with fewer than two
@@ -230,7 +241,7 @@ def summarise(
         rows.append(row)
     return rows
 
-# %% ../nbs/12b_tables.ipynb #c99084d6
+# %% ../nbs/12b_tables.ipynb #f77b698f
 def compare(
     runs: Iterable[RunRecord],  # as for `summarise`, with their seeds
     better: str,  # variant that should be better
@@ -259,7 +270,7 @@ def sentence_of(
     return (f"{found['better']} over {found['worse']}, {found['measure']}: a gain of {found['gain']:.4g}{span} over "
             f"{found['seeds']} seeds. {claim[:1].upper()}{claim[1:]}: {found['verdict']}.")
 
-# %% ../nbs/12b_tables.ipynb #335e5e29
+# %% ../nbs/12b_tables.ipynb #7e35b9fa
 MEASURES = {  # notebook -> what is averaged over seeds
     'ablations': ('right, no text at decoding (%)', 'FID, stand-in features', 'flow loss', 'seconds'),
     'text_as_source': ('right (%)', 'FID, stand-in features', 'seconds a picture', 'training memory (MB)', 'training seconds',
@@ -290,10 +301,10 @@ def figure_2(records: dict[str, RunRecord]) -> list[dict]:
     "Text as a source and as a condition, measured."
     return summary_rows(records, 'text_as_source')[0] or [{'variant': 'all', 'conditions': NOT_MEASURED}]
 
-# %% ../nbs/12b_tables.ipynb #2b1d9861
+# %% ../nbs/12b_tables.ipynb #874dad69
 CONTENTS = (  # name, what it is about, notebook, files
     ('table 1', 'sizes of the models', '', ('table_1',)),
-    ('table 2', 'pictures from captions', 'benchmark_coco benchmark_mjhq benchmark_speed', ('table_2',)),
+    ('table 2', 'pictures from captions', 'benchmark_coco benchmark_mjhq benchmark_speed train', ('table_2',)),
     ('table 3', 'captions from pictures', 'benchmark_captions', ('table_3',)),
     ('table 4', 'the alignment loss and more, taken apart', 'ablations', ('table_4', 'ablations/summary.png')),
     ('table 5', 'training data', '', ('table_5',)), ('table 6', 'hyper-parameters', '', ('table_6',)),
@@ -338,7 +349,8 @@ def readme(folder: Path, records: dict[str, RunRecord]) -> str:
              "`nbs/12a_paper.ipynb`; edit neither this file nor a table by hand. A number that was measured here stands beside "
              "its label: the scale, *reduced* where it is smaller than the paper's, and every stand-in. Such a number says how "
              "this code behaves, and cannot be compared with the paper's. [All measured numbers of tables 2 and 3](measured.md) "
-             "are listed with every digit, too ([csv](measured.csv)).",
+             "are listed with every digit, too ([csv](measured.csv)). The run notebooks named below make the records; "
+             "`python -m pytest -q tests/test_notebooks.py` runs each of them at a size of seconds.",
              table([contents_row(folder, records, *entry) for entry in CONTENTS])]
     if sentences:
         parts += ['## What the comparisons say', '\n'.join(f'- {sentence}' for sentence in sentences)]
@@ -346,7 +358,7 @@ def readme(folder: Path, records: dict[str, RunRecord]) -> str:
         parts += ['## Other records', table(others)]
     return '\n\n'.join(parts) + '\n'
 
-# %% ../nbs/12b_tables.ipynb #1acb1a10
+# %% ../nbs/12b_tables.ipynb #cd0f35aa
 def build_tables(
     folder: str | Path,  # papers_results, or a copy
 ) -> list[Path]:  # files written
@@ -354,7 +366,7 @@ def build_tables(
     folder = Path(folder)
     records = find_records(folder)
     measured = all_measured(records)
-    compared = COLUMNS_2[5:]
+    compared = COLUMNS_2[4:]
     tables = {'table_1': table_1(), 'table_2': beside(TABLE_2, measured, compared), 'table_3': beside(TABLE_3, measured, SCORE_NAMES),
               'table_4': table_4(records), 'table_5': table_5(), 'table_6': table_6(), 'figure_2': figure_2(records),
               'measured': [one.row() for one in measured] or [{'method': 'all', 'conditions': NOT_MEASURED}]}

@@ -35,6 +35,11 @@ def test_run_notebook(name, tmp_path):
                 'config.json'} <= {path.name for path in tmp_path.iterdir()}
         again = papermill(name, tmp_path, '-p', 'out', str(tmp_path))          # finished stages are not trained again
         assert again.returncode == 0 and 'nothing to do' in (tmp_path / 'run.ipynb').read_text()
+    if name == 'ablations':                                                    # runs that are done are not done again
+        again = papermill(name, tmp_path, *words, '-p', 'out', str(tmp_path))
+        assert again.returncode == 0 and '0 runs to do, 4 done before' in (tmp_path / 'run.ipynb').read_text()
+        other = papermill(name, tmp_path, *words, '-p', 'out', str(tmp_path), '-p', 'steps', '3')
+        assert other.returncode and 'other steps or captions' in other.stderr[-3000:]
 
 
 @pytest.mark.parametrize('words, sentence', [

@@ -159,6 +159,14 @@ def test_every_number_in_a_table_is_in_a_record_or_the_paper(name):
                 assert not strange, f'{name}, {column}: {strange} in {cell!r}'
 
 
+@pytest.mark.parametrize('path', sorted(folder.glob('*/*.csv')), ids=lambda path: f'{path.parent.name}/{path.stem}')
+def test_every_number_in_a_runs_own_table_is_in_its_record(path):
+    known = set(numbers(asdict(read_record(path.parent))))
+    with open(path, newline='') as file:
+        for row in csv.DictReader(file):
+            assert not [x for cell in row.values() for x in numbers(cell) if x not in known], row
+
+
 def test_summaries_say_what_the_single_runs_say():
     for notebook, measures in tables.MEASURES.items():
         found = tables.records_of(committed, notebook)
