@@ -160,11 +160,12 @@ def test_every_number_in_a_table_is_in_a_record_or_the_paper(name):
 
 
 @pytest.mark.parametrize('path', sorted(folder.glob('*/*.csv')), ids=lambda path: f'{path.parent.name}/{path.stem}')
-def test_every_number_in_a_runs_own_table_is_in_its_record(path):
-    known = set(numbers(asdict(read_record(path.parent))))
+def test_every_number_in_a_runs_own_table_is_in_its_record_or_the_paper(path):
+    known = set(numbers([asdict(read_record(path.parent)), paper.TABLE_2]))
+    rounded = {float(f'{x:.4g}') for x in known}
     with open(path, newline='') as file:
         for row in csv.DictReader(file):
-            assert not [x for cell in row.values() for x in numbers(cell) if x not in known], row
+            assert not [x for cell in row.values() for x in numbers(cell) if x not in known and x not in rounded], row
 
 
 def test_summaries_say_what_the_single_runs_say():
