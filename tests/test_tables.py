@@ -70,6 +70,17 @@ def test_a_reduced_number_is_never_without_its_label():
         assert run.label() in (one.row()['conditions'] if one.value is None else one.cell())
 
 
+@pytest.mark.parametrize('notebook, rows_of', [('ablations', tables.table_4), ('text_as_source', tables.figure_2)])
+def test_a_mean_over_seeds_is_never_without_its_label(notebook, rows_of):
+    variant = {'ablations': 'base', 'text_as_source': 'source'}[notebook]
+    row = {'variant': variant, 'seeds': 3} | dict.fromkeys(tables.MEASURES[notebook], 41.5)
+    run = of(tables.QUESTIONS[notebook], {'summary': [row], 'sentences': ['One is better.']})
+    rows = [row for row in rows_of({'a/result.json': run}) if 41.5 in row.values()]
+    assert rows and all(run.label() in row['conditions'] and row['record'] == '[record](a/result.json)' for row in rows)
+    assert run.label() in tables.summary_rows({'a/result.json': run}, notebook)[1][0]
+    assert not [row for row in rows_of({}) if 41.5 in row.values()] and tables.NOT_MEASURED in str(rows_of({}))
+
+
 def test_what_could_not_be_measured_says_why_and_is_never_0():
     clip = tables.all_measured({'coco/result.json': of_coco()})[-1]
     assert clip.cell() == 'not available: needs weights [record](coco/result.json)' and clip.row()['value'] is None
