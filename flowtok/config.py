@@ -209,7 +209,8 @@ def check_recipe(
 ):
     "Refuses what no training could follow."
     for name, good in (('optimizer', ('adamw', 'muon')), ('schedule', ('constant', 'cosine')),
-                       ('precision', ('fp32', 'bf16', 'fp16'))):
+                       ('precision', ('fp32', 'bf16', 'fp16')), ('align_target', ('mlp', 'pool')),
+                       ('align_loss', ('contrastive', 'cosine'))):
         if getattr(recipe, name) not in good:
             raise ValueError(f"{name} {getattr(recipe, name)!r} is unknown: choose one of {', '.join(good)}.")
     for name, least in (('steps', 0), ('batch_size', 1), ('learning_rate', 0), ('warmup', 0), ('clip', 0),
@@ -249,6 +250,8 @@ class Recipe:
     gather: bool = True  # flows: compare the samples of all devices, not only of one as the authors do
     kl_weight: float = 0.  # all stages but image-to-text
     align_weight: float = 0.  # text-to-image
+    align_target: str = 'mlp'  # text-to-image: what the text tokens are aligned to, 'mlp' or 'pool'
+    align_loss: str = 'contrastive'  # text-to-image: 'contrastive' or 'cosine'
     edge_weight: float = 0.  # tokenizer: how much more a pixel on an edge counts
     text_drop: float = 0.  # tokenizer: share of the batches that are drawn without text
     perceptual_weight: float = 0.  # tokenizer: on what trained networks see

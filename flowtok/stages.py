@@ -229,7 +229,8 @@ class FlowStage(Stage):
         self.tokenizer = self.earlier(ImageTokenizer(run.config), 'tokenizer')
         self.objective = ObjectiveConfig(
             r.time_sampling, r.p_start, r.time_power, r.indicator_probability, kl_weight=r.kl_weight,
-            align_weight=r.align_weight, source_noise=r.source_noise, gather=r.gather)
+            align_weight=r.align_weight, align_target=r.align_target, align_loss=r.align_loss,
+            source_noise=r.source_noise, gather=r.gather)
         self.from_text = run.stage == 'text-to-image'
         self.weights = self.objective.weights if self.from_text else {'flow': 1.}
         if not self.from_text:

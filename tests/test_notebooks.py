@@ -14,7 +14,11 @@ from flowtok.results import read_record
 
 smoke = {'train': {}, 'cluster': {'seconds': .1, 'samples': 500}, 'quickstart': {'steps': 4, 'samples': 32, 'num_inference_steps': 2},
          'solvers': {'n': 4, 'most': 3, 'fine': 6},
-         'speed': {'scale': 'tiny', 'batch_size': 3, 'steps': 2, 'repeats': 1, 'train': 4, 'most_images': 2, 'most_steps': 2, 'seconds': .1}}
+         'speed': {'scale': 'tiny', 'batch_size': 3, 'steps': 2, 'repeats': 1, 'train': 4, 'most_images': 2, 'most_steps': 2, 'seconds': .1},
+         'benchmark_coco': {'n': 12, 'num_inference_steps': 2, 'bootstraps': 2}, 'benchmark_mjhq': {'n': 20, 'num_inference_steps': 2, 'bootstraps': 2},
+         'benchmark_captions': {'n': 6, 'scores': 'plain'}, 'ablations': {'only': 'base,target pool', 'seeds': 2},
+         'text_as_source': {'seeds': 1, 'steps': 3, 'num_inference_steps': 2},
+         'benchmark_speed': {'batch_size': 2, 'repeats': 1, 'num_inference_steps': 2}, 'figures': {'samples': 4, 'num_inference_steps': 2}}
 
 
 def papermill(name, folder, *words):
@@ -34,6 +38,11 @@ def test_run_notebook(name, tmp_path):
                 'config.json'} <= {path.name for path in tmp_path.iterdir()}
         again = papermill(name, tmp_path, '-p', 'out', str(tmp_path))          # finished stages are not trained again
         assert again.returncode == 0 and 'nothing to do' in (tmp_path / 'run.ipynb').read_text()
+    if name == 'ablations':                                                    # runs that are done are not done again
+        again = papermill(name, tmp_path, *words, '-p', 'out', str(tmp_path))
+        assert again.returncode == 0 and '0 runs to do, 4 done before' in (tmp_path / 'run.ipynb').read_text()
+        other = papermill(name, tmp_path, *words, '-p', 'out', str(tmp_path), '-p', 'steps', '3')
+        assert other.returncode and 'other steps or captions' in other.stderr[-3000:]
 
 
 @pytest.mark.parametrize('words, sentence', [

@@ -1,0 +1,44 @@
+"Peers: built small where their package is, refused with a cure where it is not, and timed by what a picture costs."
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from flowtok import peers
+from flowtok.config import preset
+
+own = [name for name, peer in peers.peers.items() if not peer.needs]
+
+
+@pytest.mark.parametrize('name', list(peers.peers))
+def test_small_editions_run(name):
+    peer = peers.peers[name]
+    if peer.needs and find_spec(peer.needs) is None:
+        pytest.skip(f'needs {peer.needs}')
+    timed = peers.build_peer(peer, small=True)
+    with torch.no_grad():
+        assert timed.decode(2).shape == (2, 3, 256, 256) and len(timed.evaluate(3)) == 3
+    assert timed.params < 5e6
+
+
+def test_a_missing_package_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(peers, 'find_spec', lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match='SDXL needs diffusers: pip install diffusers'):
+        peers.build_peer(peers.peers['SDXL'], small=True)
+    assert own and all(peers.build_peer(peers.peers[name], small=True).params for name in own)
+
+
+def test_a_picture_costs_its_steps_and_one_decoding(monkeypatch):
+    sizes = []
+
+    def clock(work, b, repeats):
+        sizes.append(b)
+        return {'evaluate': .5, 'decode': 2.}[work]
+    monkeypatch.setattr(peers, 'shortest', clock)
+    timed = peers.Timed(0, 'evaluate', 'decode')
+    assert peers.speed_of(timed, 20, 1., 6) == {'images/s': 6 / 12, 'evaluation (s)': .5, 'decoding (s)': 2.}
+    assert peers.speed_of(timed, 20, 7.5, 6)['images/s'] == 6 / 12 and sizes == [6, 6, 12, 6]
+
+
+def test_the_papers_sizes_are_the_presets():
+    assert [peers.peers[f'FlowTok-{scale.upper()}'].size for scale in ('xl', 'h')] == [preset('xl'), preset('h')]
