@@ -281,7 +281,7 @@ def take_step(
     rate: float,  # share of the highest learning rate
     critics: Critics | None = None,  # of the tokenizer
     step: int = 0,  # from 0
-) -> dict[str, Tensor] | None:  # the terms, detached, with 'loss'; None where the gradients were not finite
+) -> dict[str, Tensor]:  # the terms, detached, with 'loss'; 'broken' is 1 where gradients were not finite and nothing was learned
     "One optimiser step, and one of the discriminator where there is one."
     parts, weights = stage.run.recipe.accumulate, stage.weights | (critics.weights if critics else {})
     for i in range(parts):
@@ -293,16 +293,19 @@ def take_step(
             loss = total(terms, weights)
             accelerator.backward(loss / parts)
     norm = accelerator.clip_grad_norm_(stage.trained.parameters(), stage.run.recipe.clip or math.inf)
-    finite = bool(torch.isfinite(norm))
+    broken = (~torch.isfinite(norm)).float()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group['lr'] = group.setdefault('highest_lr', group['lr']) * rate
-        if finite or accelerator.scaler is not None:
+        inner = getattr(optimizer, 'optimizer', optimizer)
+        if accelerator.scaler is None and inner.defaults.get('fused'):
+            inner.found_inf = broken                                       # obeyed on the device: nobody waits for the answer
+        if accelerator.scaler is not None or hasattr(inner, 'found_inf') or not broken:
             optimizer.step()
         optimizer.zero_grad()
-    if critics and finite and critics.of.active(step):
+    if critics and critics.of.active(step) and not broken:
         terms |= critics.learn(accelerator, *seen, step)
-    return {name: term.detach() for name, term in terms.items()} | {'loss': loss.detach()} if finite else None
+    return {name: term.detach() for name, term in terms.items()} | {'loss': loss.detach(), 'broken': broken}
 
 # %% ../nbs/09_train.ipynb #38a7e3d7
 class Batches:
@@ -371,7 +374,7 @@ class Log:
 
 def step_values(terms: dict[str, Tensor]) -> dict[str, float]:
     "Terms as numbers, with the flow loss by time bin."
-    values = {name: term.float().mean().item() for name, term in terms.items() if name not in ('t', 'indicator')}
+    values = {name: term.float().mean().item() for name, term in terms.items() if name not in ('t', 'indicator', 'broken')}
     if 't' in terms:
         values |= {f'flow {name}': loss for name, loss in loss_by_time_bin(terms['flow'], terms['t']).items()}
     return values
@@ -533,18 +536,21 @@ def loop(run: Run, stop: StopSign, tell):
             print(sentence, file=sys.stderr)
             log.write(step=start, missing=sentence)
     del state
-    noise, began, skipped, in_a_row = Noise(run, accelerator), time.time(), 0, 0
+    noise, began, skipped, in_a_row, unread = Noise(run, accelerator), time.time(), 0, 0, []
     for step in range(start + 1, run.recipe.steps + 1):
-        terms = take_step(accelerator, model, stage, optimizers, next(batches), noise.of_step(step),
-                          rate_factor(step - 1, run.recipe), critics, step - 1)
-        in_a_row = 0 if terms else in_a_row + 1
-        skipped += not terms
-        check_skipped(run, in_a_row, step)
-        if terms:
-            ema.update(step - 1)
+        unread.append(take_step(accelerator, model, stage, optimizers, next(batches), noise.of_step(step),
+                                rate_factor(step - 1, run.recipe), critics, step - 1))
+        ema.update(step - 1)
+        due = step % run.log_every == 0 or step - start in (1, 3) or step == run.recipe.steps
+        while due and unread:                                              # only now does anybody wait for the device
+            terms = unread.pop(0)
+            in_a_row = in_a_row + 1 if terms['broken'] else 0
+            skipped += in_a_row > 0
+            check_skipped(run, in_a_row, step)
+            if log and not in_a_row:
+                log.add(step_values(terms))
         if log:
-            log.add(step_values(terms) if terms else {})
-            if step % run.log_every == 0 or step - start in (1, 3) or step == run.recipe.steps:
+            if due:
                 line = log.write(step=step, seconds=round(time.time() - began, 2), rate=rate_factor(step - 1, run.recipe),
                                  **({'skipped': skipped} if skipped else {}))
                 tell(line)

@@ -272,8 +272,11 @@ def test_parts_of_a_batch_add_up():
     assert all(torch.allclose(end, ends[0], atol=1e-6) for end in ends)
 
 
-def test_a_step_without_finite_gradients_is_skipped_and_counted(shards, tmp_path, monkeypatch):
-    run, real, calls = short('text', shards, tmp_path, steps=6), engine.total, []
+@pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
+@pytest.mark.parametrize('every, told', [(1, [0, 0, 1, 2, 2, 2]), (6, [0, 1, 2])])
+def test_a_step_without_finite_gradients_is_skipped_and_counted(every, told, optimizer, shards, tmp_path, monkeypatch):
+    run, real, calls = short('text', shards, tmp_path, steps=6, optimizer=optimizer), engine.total, []
+    run = replace(run, log_every=every)
 
     def total(terms, weights):
         calls.append(1)
@@ -282,7 +285,8 @@ def test_a_step_without_finite_gradients_is_skipped_and_counted(shards, tmp_path
     monkeypatch.setattr(engine, 'total', total)
     train(run)
     lines = [json.loads(line) for line in (run.folder / 'log.jsonl').read_text().splitlines()]
-    assert [line.get('skipped', 0) for line in lines if 'seconds' in line] == [0, 0, 1, 2, 2, 2]
+    assert [line.get('skipped', 0) for line in lines if 'seconds' in line] == told
+    assert all(line['loss'] == line['loss'] for line in lines if 'loss' in line)
     assert all(x.isfinite().all() for x in load_file(run.weights).values())
 
 
