@@ -10,7 +10,6 @@ __all__ = ['resolution', 'watermark', 'paper_sources', 'PATIENCE', 'Source', 'fi
            'Parts', 'Batches', 'open_batches']
 
 # %% ../nbs/08a_streams.ipynb #a3b20632
-import atexit
 import json
 import math
 import os
@@ -18,12 +17,12 @@ import re
 import signal
 import threading
 import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import numpy as np
@@ -427,8 +426,7 @@ def load(
     loader = iter(DataLoader(parts, batch_size=None, num_workers=workers, collate_fn=as_it_is,
                              worker_init_fn=partial(follow_parent, leave),
                              generator=torch.Generator()))      # the global random state is training's
-    weakref.finalize(loader, setattr, leave, 'value', 1)
-    atexit.register(setattr, leave, 'value', 1)                 # before multiprocessing waits for its children
+    Finalize(loader, setattr, (leave, 'value', 1), exitpriority=1)   # before multiprocessing waits for its children
     return loader
 
 

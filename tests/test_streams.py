@@ -1,5 +1,6 @@
 """Sources, readers and streams: the same batches for any number of readers, resumed exactly, whatever the data."""
 import json
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -334,6 +335,24 @@ for _ in run:
     process.wait()
     gone, alive = psutil.wait_procs(workers, timeout=10)
     assert not alive
+
+
+def read_and_end(folder):
+    run = open_batches([Source(folder)], ImageReader(16), 4, workers=2)
+    next(run)
+    globals()['kept_to_the_end'] = run                                           # nobody collects it before
+
+
+@pytest.mark.parametrize('script', [False, True])
+def test_a_process_that_still_reads_can_end(script, folder):
+    if script:
+        code = f'from flowtok.streams import *; r = open_batches([Source({str(folder)!r})], ImageReader(16), 4, workers=2); next(r)'
+        assert subprocess.run([sys.executable, '-c', code], timeout=60).returncode == 0
+    else:
+        process = multiprocessing.get_context('fork').Process(target=read_and_end, args=(str(folder),))
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0
 
 
 def test_memory_does_not_grow(tmp_path):
