@@ -29,7 +29,7 @@ from .flow import Share, guide
 from .layers import linear, timestep_features
 from .model import DiT, FlowTok
 from .objective import total
-from .pipeline import FlowTokPipeline
+from .pipeline import FlowTokPipeline, kept_memory
 from .results import write_table
 from .stages import FlowStage, Run
 from .tokenizer import ImageTokenizer, join_patches
@@ -422,8 +422,9 @@ def compare_training(
     def share():
         torch.manual_seed(0)
         return Share(torch.Generator(device).manual_seed(0))
-    losses = {name: step(share()).item() for name, step in steps.items()}        # also warms up
-    times = race({name: lambda step=step: step(share()) for name, step in steps.items()}, device, repeats, warm_up=0)
+    with kept_memory():                                                          # as `flowtok.watch.launch` has it for training
+        losses = {name: step(share()).item() for name, step in steps.items()}    # also warms up
+        times = race({name: lambda step=step: step(share()) for name, step in steps.items()}, device, repeats, warm_up=0)
     return times, losses, precision
 
 # %% ../nbs/14_bench.ipynb #d0e6930a

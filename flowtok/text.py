@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['clip_name', 'transformers_names', 'tell_truncation', 'checked_captions', 'pad_ids', 'split_words', 'word_ids',
-           'WordTextEncoder', 'find_clip', 'from_transformers', 'load_clip', 'clip_tower', 'ClipTextEncoder',
-           'text_encoder', 'OutsideNorm', 'ProjectorLayer', 'TextProjector', 'AlignmentMLP', 'TextDecoder',
-           'TextAutoencoder']
+           'WordTextEncoder', 'find_clip', 'from_transformers', 'load_clip', 'clip_tower', 'tower_features',
+           'ClipTextEncoder', 'text_encoder', 'OutsideNorm', 'ProjectorLayer', 'TextProjector', 'AlignmentMLP',
+           'TextDecoder', 'TextAutoencoder']
 
 # %% ../nbs/04_text.ipynb #ca3d8d93
 import copy
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import FlowTokConfig, TextConfig
-from .layers import Block, DiagonalGaussian, attend
+from .layers import Block, DiagonalGaussian, attend, linear
 
 # %% ../nbs/04_text.ipynb #f612847c
 @cache  # once per process
@@ -195,6 +195,22 @@ def clip_tower(
     act = open_clip.transformer.QuickGELU if config.activation == 'quick_gelu' else nn.GELU
     return open_clip.transformer.TextTransformer(**sizes, output_dim=None, output_tokens=True, act_layer=act)
 
+# %% ../nbs/04_text.ipynb #4ba8cc34
+def tower_features(
+    tower: nn.Module,  # of `clip_tower`
+    ids: Tensor,  # (b, n)
+) -> Tensor:  # after its last norm, (b, n, c)
+    "The features of CLIP, from the parts of its tower."
+    x = tower.token_embedding(ids) + tower.positional_embedding                  # (b, n, c)
+    for block in tower.transformer.resblocks:
+        qkv = linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
+        q, k, v = qkv.unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        heard = F.scaled_dot_product_attention(q, k, v, is_causal=True)          # (b, heads, n, c / heads)
+        x = x + linear(heard.transpose(1, 2).flatten(2), block.attn.out_proj.weight, block.attn.out_proj.bias)
+        wide, narrow = block.mlp.c_fc, block.mlp.c_proj
+        x = x + linear(block.mlp.gelu(linear(block.ln_2(x), wide.weight, wide.bias)), narrow.weight, narrow.bias)
+    return tower.ln_final(x)
+
 # %% ../nbs/04_text.ipynb #8eb487a8
 class ClipTextEncoder(nn.Module):
     "The frozen text tower of CLIP ViT-L-14-336: features after its last norm, at every position."
@@ -224,7 +240,7 @@ class ClipTextEncoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:  # ids (b, n)
         "Text features of ids."
-        return self.tower(ids)[1]                                                # (b, n, c)
+        return tower_features(self.tower, ids)                                   # (b, n, c)
 
 # %% ../nbs/04_text.ipynb #1a3a8f6d
 def text_encoder(
