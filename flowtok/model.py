@@ -139,7 +139,7 @@ class Velocity:
         return self.model.velocity(x, t, indicator)
 
     def state(self) -> tuple | None:  # None where tensors do not count their changes
-        "Another one whenever the weights that modulate are other ones."
+        "Another one whenever the weights that modulate are other ones; what is written through `.data` goes unseen."
         dit = self.model.dit
         layers = dit.time, dit.indicator, dit.final.modulation, *(block.modulation for block in dit.blocks)
         weights = [p for layer in layers for p in layer.parameters()]

@@ -1,18 +1,24 @@
 """The fast path gives what the straightforward one gives, at every size's shape; the benchmark counts right. No times are asserted."""
+import csv
+import math
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from flowtok.bench import (compare_sampling, evaluations, image_operations, make_noise, make_pipeline, plain_generate, plain_velocity, relative,
-                           run_benchmark, some_prompts, stage_costs, stage_rows, training_operations)
-from flowtok.config import FlowConfig, preset
-from flowtok.flow import guide, sample
+from flowtok.bench import (compare_sampling, compare_training, compile_row, make_batch, make_pipeline, make_stage, pays_from, run_benchmark,
+                           some_prompts, stage_rows, whole_picture)
+from flowtok.config import FlowConfig, preset, stages
+from flowtok.floor import evaluations, image_operations, stage_costs, training_operations
+from flowtok.flow import Share, guide, sample
 from flowtok.layers import Linear, linear
 from flowtok.model import MOST_KEPT, FlowTok, Velocity
+from flowtok.objective import total
 from flowtok.pipeline import FlowTokPipeline
+from flowtok.plain import make_noise, plain_generate, plain_velocity, relative
 
 
 def shrunken(name):
@@ -141,20 +147,88 @@ def test_costs_add_up():
         config, costs = preset(name), stage_costs(preset(name))
         assert image_operations(config, 20) == sum(n * costs[stage].operations for stage, n in evaluations(20).items())
         assert image_operations(config, 20, False) < image_operations(config, 20) < image_operations(config, 40)
-        assert training_operations(config) > 3 * costs['velocity'].operations
+        assert all(training_operations(config, stage) > 3 * costs['velocity'].operations for stage in stages[2:])
     weights = sum(p.numel() for block in FlowTok(preset('tiny')).dit.blocks for part in (block.attn, block.mlp) for p in part.parameters() if p.dim() > 1)
     assert stage_costs(preset('tiny'))['velocity'].weights == weights + 2 * 16 * 128
 
 
+def products(x, weight, *more, out_shape=None, **named):
+    "Operations of oneDNN's linear layer, which PyTorch does not count by itself."
+    return 2 * math.prod(x) * weight[0]
+
+
+@pytest.mark.parametrize('stage', stages)
+@pytest.mark.parametrize('size', ['tiny', 'b'])
+def test_operations_of_a_training_step_are_those_that_pytorch_counts(stage, size):
+    config = preset('tiny') if size == 'tiny' else replace(shrunken('b'), text=replace(shrunken('b').text, decoder_width=96, decoder_heads=4))
+    learner = make_stage(config, stage)
+    batch, counter = make_batch(learner, 3), FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: products})
+    with counter:
+        total(learner(*batch, Share(torch.Generator().manual_seed(0))), learner.weights).backward()
+    assert counter.get_total_flops() == pytest.approx(3 * training_operations(config, stage), rel=.05)
+
+
+@pytest.mark.parametrize('stage', stages)
+def test_first_loss_is_that_of_the_plain_loop(stage):
+    for precision, most in (('fp32', 1e-5), ('', .02)):
+        compared = compare_training(preset('tiny'), stage, 4, 1, precision=precision)
+        (name, off), = compared.differences.items()
+        assert off < most and list(compared.times) == ['plain loop fp32', name] == list(compared.memory)
+
+
+def test_a_flow_of_the_benchmark_learns_what_the_stage_learns():
+    for stage in stages[2:]:
+        learner = make_stage(preset('tiny'), stage)
+        learned = {name.split('.')[0] for name, p in learner.trained.named_parameters() if p.requires_grad}
+        assert ('projector' in learned) == ('alignment' in learned) == (stage == 'text-to-image') and 'dit' in learned
+
+
 def test_a_whole_benchmark_of_the_small_size():
     found = run_benchmark('tiny', 3, 2, 1, 4, tell=lambda line: None)
-    assert found['sampling'][0]['version'] == 'straightforward' and float(found['sampling'][1]['relative difference']) < 1e-4
-    assert [row['stage'] for row in found['stages'][:4]] == list(evaluations(2)) and found['training'][0]['version'] == 'plain loop'
+    assert found['sampling'][0]['version'] == 'straightforward fp32' and float(found['sampling'][1]['relative difference']) < 1e-4
+    assert [row['stage'] for row in found['stages'][:5]] == [*evaluations(2), 'whole picture']
+    assert {row['precision'] for row in found['stages']} == {row['version'].split()[-1] for row in found['sampling']}
+    assert [row['stage'] for row in found['training']] == [stage for stage in stages for _ in range(2)] and 'compile' not in found
+    for row in found['training']:
+        samples = 1 if row['stage'] == 'tokenizer' else 4
+        assert row['samples'] == samples and row['tokens a second'] == pytest.approx(16 * samples / row['seconds'])
+        speed = samples * training_operations(preset('tiny'), row['stage']) / row['seconds']
+        assert row['share of ceiling'] == pytest.approx(speed / found['ceilings'][row['version'].split()[-1]])
+    wholes = [row for row in found['stages'] if row['stage'] == 'whole picture']
+    for whole, version in zip(wholes, found['sampling'][1:], strict=True):
+        assert whole['Gops a call'] == pytest.approx(3 * image_operations(preset('tiny'), 2) / 1e9)
+        assert whole['measured, ms'] == pytest.approx(1e3 * version['seconds']) and whole['precision'] in version['version']
+    assert wholes[0]['share of ceiling'] == pytest.approx(found['sampling'][1]['share of ceiling'])
+
+
+def test_whole_picture_adds_up_in_each_precision():
+    rows = [{'stage': 'text tower', 'precision': 'fp32', 'calls': 1, 'Gops a call': 8., 'MB of weights': 3., 'floor, ms': 2., 'measured, ms': 4., 'share of ceiling': .5},
+            {'stage': 'velocity', 'precision': 'bf16', 'calls': 20, 'Gops a call': 1., 'MB of weights': 2., 'floor, ms': .1, 'measured, ms': .2, 'share of ceiling': .5}]
+    whole = whole_picture(rows, [.007, .008, .010])
+    assert whole['Gops a call'] == 28 and whole['MB of weights'] == 5 and whole['floor, ms'] == pytest.approx(4.) and whole['precision'] == 'bf16'
+    assert whole['share of ceiling'] == pytest.approx(4 / 8) and whole['measured, ms'] == 8
+
+
+def test_compiling_that_fails_is_not_measured(monkeypatch):
+    def failing(*given, **named): raise RuntimeError('no compiler was found\nand more')
+    monkeypatch.setattr(torch, 'compile', failing)
+    row = compile_row(FlowTokPipeline.from_pretrained(), 1, 1)
+    assert row['pays from so many pictures'] == 'not measured: RuntimeError: no compiler was found'
+
+
+def test_compiling_is_weighed_against_what_it_saves(monkeypatch):
+    monkeypatch.setattr(torch, 'compile', lambda call, **named: call)
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **named: None)
+    row = compile_row(FlowTokPipeline.from_pretrained(), 2, 1, repeats=1)
+    saved = (row['seconds a call, eager'] - row['seconds a call, compiled']) / 2
+    assert float(row['relative difference']) == 0 and row['pictures a call'] == 2
+    assert row['pays from so many pictures'] == ('never here' if saved <= 0 else pytest.approx(row['seconds of compiling'] / saved, abs=1))
+    assert pays_from(10., 1., .5) == 20 and pays_from(10., 1., 1.) == 'never here'
 
 
 def test_half_precision_is_close_and_told_apart():
     pipe = FlowTokPipeline.from_pretrained()
-    _, differences = compare_sampling(pipe, 2, 2, repeats=1)
+    differences = compare_sampling(pipe, 2, 2, repeats=1).differences
     assert differences['pipeline fp32'] < 1e-4 and differences.get('pipeline bf16', 0.) < .1
     assert stage_rows(pipe, 2, 2, {'fp32': 1e9, 'copy': 1e9}, repeats=1)[0]['precision'] == 'fp32'
 
@@ -165,6 +239,9 @@ def test_command_line(tmp_path):
     assert '--batch-size' in run('--help').stdout
     bad = run('--steps', '0')
     assert bad.returncode == 1 and bad.stderr == 'steps must be at least 1, got 0.\n'
-    done = run('--scale', 'tiny', '--batch-size', '2', '--steps', '2', '--repeats', '1', '--train', '0', '--out', str(tmp_path))
-    assert done.returncode == 0 and 'straightforward' in done.stdout, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {'sampling.csv', 'sampling.md', 'stages.csv', 'stages.md'}
+    done = run('--scale', 'tiny', '--batch-size', '2', '--steps', '2', '--repeats', '1', '--train', '4', '--out', str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {f'{name}.{kind}' for name in ('sampling', 'stages', 'training') for kind in ('csv', 'md')}
+    assert all(word in done.stdout for word in ('straightforward', 'whole picture', 'MB more', 'tokens a second', *stages))
+    with open(tmp_path / 'training.csv', newline='') as file:
+        assert all(float(row['share of ceiling']) > 0 and row['MB more'] for row in csv.DictReader(file))
