@@ -16,6 +16,7 @@ import os
 import statistics
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -267,7 +268,9 @@ def compile_row(
 ) -> dict:
     "What torch.compile takes and saves."
     row = {'model': pipe.config.name, 'precision': precision, 'pictures a call': batch_size}
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=empty):
+    with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=empty),
+          warnings.catch_warnings()):
+        warnings.simplefilter('ignore')                                          # of what it cannot make faster; that is measured
         try:
             compiled, outputs = copy.deepcopy(pipe).optimize(precision, compile=True), {}
             calls = {name: lambda name=name, which=which: outputs.update({name: draw(which, batch_size, steps)})
