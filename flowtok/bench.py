@@ -278,7 +278,8 @@ def compile_row(
             first = seconds(calls['compiled'], pipe.device)
             times = race(calls, pipe.device, repeats)
         except Exception as error:                                               # each compiler fails in its own way
-            return row | {'pays from so many pictures': f'not measured: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}'}
+            why = str(error).strip().partition('\n')[0][:200]
+            return row | {'pays from so many pictures': f'not measured: {type(error).__name__}: {why}'}
     eager, later = (statistics.median(found) for found in times.values())
     return row | {'seconds of compiling': first - later, 'seconds a call, eager': eager, 'seconds a call, compiled': later,
                   'relative difference': f"{relative(outputs['compiled'], outputs['eager']):.1e}",
