@@ -173,9 +173,7 @@ def make_stage(
     if flow:
         kind, config = BenchFlowStage, replace(config, tokenizer=replace(config.tokenizer, encoder_depth=1, decoder_depth=1))
     torch.manual_seed(0)
-    found = kind(Run(stage, config, r, '', '')).to(device).train()
-    found.text_encoder.eval()
-    return found
+    return kind(Run(stage, config, r, '', '')).to(device).train()
 
 
 def make_batch(stage: Stage, n: int) -> tuple[Tensor, Tensor]:  # pictures, nothing or moments; ids
@@ -215,21 +213,26 @@ def compare_training(
     device: torch.device = torch.device('cpu'),
     precision: str = '',  # of the training loop; '' for bf16 where the device multiplies in it
 ) -> Comparison:  # plain loop fp32, training loop; their difference is that of the first loss
-    "Steps of a stage, the plain loop and ours in turn."
+    "Steps of a stage, the plain loop and then ours, from the same weights."
     precision = precision or ('bf16' if device.type == 'cuda' or cpu_has_bf16() else 'fp32')
-    learner = make_stage(config, stage, precision, device)
-    batch, ours = make_batch(learner, batch_size), f'training loop {precision}'
-    steps = {'plain loop fp32': plain_training(learner, batch), ours: our_training(learner, batch, precision)}
+    def measure(make, *how):
+        learner = make_stage(config, stage, precision, device)
+        step = make(learner, make_batch(learner, batch_size), *how)
 
-    def share():
-        torch.manual_seed(0)
-        return Share(torch.Generator(device).manual_seed(0))
-    calls = {name: lambda step=step: step(share()) for name, step in steps.items()}
-    with kept_memory():                                                          # as `flowtok.watch.launch` has it for training
-        first, other = (call().item() for call in calls.values())                # also warms up
-        memory = {name: peak_memory(call, device) for name, call in calls.items()}
-        times = race(calls, device, repeats, warm_up=0)
-    return Comparison(times, {ours: abs(other / first - 1)}, memory)
+        def call():
+            torch.manual_seed(0)
+            return step(Share(torch.Generator(device).manual_seed(0)))
+        with kept_memory():                                                      # as `flowtok.watch.launch` has it for training
+            loss = call().item()                                                 # also warms up
+            memory = peak_memory(call, device)
+            return loss, memory, race({'': call}, device, repeats, warm_up=0)['']
+    versions, found = {'plain loop fp32': (plain_training,), f'training loop {precision}': (our_training, precision)}, {}
+    for name, how in versions.items():
+        found[name] = measure(*how)
+        gc.collect()                                                             # a prepared stage and its forward hold each other
+    (reference, *_), (loss, *_) = found.values()
+    return Comparison({name: times for name, (*_, times) in found.items()}, {name: abs(loss / reference - 1)},
+                      {name: memory for name, (_, memory, _) in found.items()})
 
 # %% ../nbs/14b_bench.ipynb #2237133c
 def training_rows(
@@ -246,7 +249,6 @@ def training_rows(
         compared = compare_training(config, stage, samples, repeats, device)
         for row in compared.rows(samples, training_operations(config, stage), ceilings):
             rows.append({'stage': stage} | row | {'tokens a second': row['samples a second'] * config.tokenizer.num_tokens, 'tokens': tokens})
-        gc.collect()                                                             # a prepared stage and its forward hold each other
     return rows
 
 # %% ../nbs/14b_bench.ipynb #f68fdb8b

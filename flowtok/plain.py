@@ -7,7 +7,6 @@ __all__ = ['plain_linear', 'plain_attention', 'turned', 'plain_velocity', 'plain
            'make_noise', 'plain_training']
 
 # %% ../nbs/14a_plain.ipynb #18c93d00
-import copy
 from collections.abc import Callable
 
 import torch
@@ -109,11 +108,10 @@ def make_noise(pipe: FlowTokPipeline, n: int, seed: int = 0) -> tuple[Tensor, li
 
 # %% ../nbs/14a_plain.ipynb #dd1b7f25
 def plain_training(
-    stage: Stage,  # that learns; copied, but for the frozen text encoder
+    stage: Stage,  # that learns
     batch: tuple[Tensor, Tensor],  # as the stage takes it, always the same
 ) -> Callable:  # Share -> loss
     "A step of the plain loop."
-    stage = copy.deepcopy(stage, {id(stage.text_encoder): stage.text_encoder})
     r, learned = stage.run.recipe, [p for p in stage.trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=r.learning_rate, betas=r.betas, weight_decay=r.weight_decay)
     mean = [p.detach().clone() for p in learned]

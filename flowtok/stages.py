@@ -159,6 +159,13 @@ class Stage(nn.Module):
         "A module with the weights that an earlier stage left, here or in the training that this one starts from."
         return load_weights(module, earlier_weights(self.run, stage)).eval().requires_grad_(False)
 
+    def train(self, mode: bool = True) -> 'Stage':
+        "What learns goes into training, what is frozen answers as in use."
+        super().train(mode)
+        for part in self.children():
+            part.train(mode and any(p.requires_grad for p in part.parameters()))
+        return self
+
     def features(self, ids: Tensor) -> Tensor:  # (b, n) -> (b, n, c)
         "Text features, without gradients."
         with torch.no_grad():

@@ -414,7 +414,6 @@ def show_progress(
         pictures = stage.pictures(*batch) if hasattr(stage, 'pictures') else None
         captions = stage.captions(*batch) if hasattr(stage, 'captions') else None
     stage.train()
-    stage.text_encoder.eval()
     if pictures is not None:
         path, part = folder / f'{step:07d}.png', folder / 'next.part'
         make_sheet(to_pixels(pictures), prompts).save(part, 'png')
@@ -472,7 +471,7 @@ def begin(run: Run):  # accelerator, stage
         for blocks in (m for m in stage.trained.modules() if isinstance(m, nn.ModuleList)):
             for block in blocks:
                 block.compile()
-    stage.to(accelerator.device).train().text_encoder.eval()
+    stage.to(accelerator.device).train()
     return accelerator, stage
 
 # %% ../nbs/09_train.ipynb #edde91f5

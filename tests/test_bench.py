@@ -245,3 +245,13 @@ def test_command_line(tmp_path):
     assert all(word in done.stdout for word in ('straightforward', 'whole picture', 'MB more', 'tokens a second', *stages))
     with open(tmp_path / 'training.csv', newline='') as file:
         assert all(float(row['share of ceiling']) > 0 and row['MB more'] for row in csv.DictReader(file))
+
+
+def test_frozen_networks_answer_as_in_use():
+    "Dropout of the frozen text projector would make other targets for image to text."
+    for name in stages:
+        stage = make_stage(preset('tiny'), name)
+        learning = {id(m) for m in stage.trained.modules()}
+        assert stage.training and stage.trained.training
+        assert not any(m.training for child in stage.children() if child is not stage.trained for m in child.modules() if id(m) not in learning)
+        assert not any(m.training for m in stage.eval().modules())
