@@ -44,10 +44,11 @@ def scene_prompts(
     split: str,  # of flowtok.scenes.SPLITS, 'seen' or 'held_out'
     n: int,  # how many
     start: int = 0,  # seed of the first
+    anywhere: float = 0.,  # share of the scenes whose things lie anywhere, in [0, 1]
 ) -> tuple[list, list[list[str]]]:  # scenes, and the five captions of each
     "Scenes of a split with their captions: the same ones at every call."
     from flowtok.scenes import captions, draw_scene
-    scenes = {i: draw_scene(i, split) for i in range(start, start + n)}
+    scenes = {i: draw_scene(i, split, anywhere) for i in range(start, start + n)}
     return list(scenes.values()), [captions(scene, i, 5, split) for i, scene in scenes.items()]
 
 
@@ -84,10 +85,11 @@ def text_to_image_scores(
     controls: tuple[str, ...] = CONTROLS,  # which of them
     seed: int = 0,  # of the draws
     start: int = 0,  # seed of the first scene
+    anywhere: float = 0.,  # as `scene_prompts`
     **how,  # num_inference_steps, guidance_scale, solver, temperature
 ) -> dict[str, int]:  # control -> right pictures
     "Right pictures out of `n`, with the controls."
-    prompts = [said[i % len(said)] for i, said in enumerate(scene_prompts(split, n, start)[1])]
+    prompts = [said[i % len(said)] for i, said in enumerate(scene_prompts(split, n, start, anywhere)[1])]
     generator = torch.Generator().manual_seed(seed)
     tokens = pipe(prompts, generator=generator, output_type='tokens', **how)
     features = pipe.text_encoder(pipe.text_encoder.tokenize(prompts).to(tokens.device))
@@ -103,11 +105,12 @@ def reconstruction_scores(
     pipe,  # flowtok.pipeline.FlowTokPipeline of the embedded scenes
     split: str,  # 'seen' or 'held_out'
     n: int = 500,  # pictures
+    anywhere: float = 0.,  # as `scene_prompts`
 ) -> dict[str, float]:  # 'right' pictures, and the mean 'psnr' in dB
     "What the tokenizer does alone: pictures that went through their tokens, decoded without text, out of `n`."
     from flowtok.data import to_images
     from flowtok.scenes import render
-    scenes, said = scene_prompts(split, n)
+    scenes, said = scene_prompts(split, n, anywhere=anywhere)
     images = to_images(np.stack([render(scene, pipe.config.tokenizer.image_size) for scene in scenes]))
     decoded = pipe.tokenizer.decode(pipe.tokenizer.encode(images.to(pipe.device)).mean).cpu()
     return {'right': count_right(decoded, [five[0] for five in said]), 'psnr': psnr(decoded, images)}
@@ -118,12 +121,13 @@ def image_to_text_scores(
     split: str,  # 'seen' or 'held_out'
     n: int = 500,  # pictures
     start: int = 0,  # seed of the first scene
+    anywhere: float = 0.,  # as `scene_prompts`
     **how,  # num_inference_steps, guidance_scale
 ) -> dict[str, int]:  # 'equivalent' and 'exact' -> captions
     "Captions that are true of their scene, and those that are word for word one of its five, out of `n`."
     from flowtok.data import to_images
     from flowtok.scenes import is_true, render
-    scenes, references = scene_prompts(split, n, start)
+    scenes, references = scene_prompts(split, n, start, anywhere)
     size = pipe.config.tokenizer.image_size
     found = pipe.caption(to_images(np.stack([render(scene, size) for scene in scenes])), **how)
 

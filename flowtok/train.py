@@ -611,11 +611,11 @@ def prepare(run: Run):
         state.wait_for_everyone()
 
 # %% ../nbs/09_train.ipynb #ad9a4439
-def scenes_for(out: str | Path, config, n: int) -> str:  # a folder of shards
+def scenes_for(out: str | Path, config, n: int, anywhere: float = 0.) -> str:  # a folder of shards
     "Draw embedded scenes to train on, unless they are there."
     from flowtok.scenes import write_shards
     folder = Path(out) / 'scenes'
-    write_shards(folder, 'train', n, config.tokenizer.image_size)
+    write_shards(folder, 'train', n, config.tokenizer.image_size, anywhere=anywhere)
     return str(folder)
 
 
@@ -628,6 +628,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--stage', default='all', choices=('all', *stages), help='what to train')
     p.add_argument('--data', default='scenes', help="'scenes' (drawn here), shards, or a .json of sources")
     p.add_argument('--samples', type=int, default=1000, help='scenes to draw')
+    p.add_argument('--anywhere', type=float, default=0., help='share of those scenes whose things lie anywhere, in [0, 1]')
     p.add_argument('--out', default='run', help='folder of weights, logs and pictures')
     p.add_argument('--recipe', default=phases[0], choices=phases, help='which of the recipes of table 6')
     p.add_argument('--changes', default='', help="other values than the recipe's, as 'learning_rate=1e-4 ema=0.999'")
@@ -661,13 +662,13 @@ def runs_of(given: argparse.Namespace) -> list[Run]:
             for stage in (stages if given.stage == 'all' else (given.stage,))]
 
 
-def carry_out(runs: list[Run], samples: int):
+def carry_out(runs: list[Run], samples: int, anywhere: float = 0.):
     "Train stages one after the other, each unless its weights are there, telling on standard output how it goes."
     state = processes()
     first = state.is_main_process
     if runs[0].data == 'scenes':
         with state.main_process_first():
-            scenes_for(runs[0].out, runs[0].config, samples)
+            scenes_for(runs[0].out, runs[0].config, samples, anywhere)
         runs = [replace(run, data=str(Path(run.out) / 'scenes')) for run in runs]
     for run in runs:
         if run.weights.exists():
@@ -700,7 +701,7 @@ def main():
             prepare(run)
             train(run)
         else:
-            carry_out(runs_of(given), given.samples)
+            carry_out(runs_of(given), given.samples, given.anywhere)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f'{type(error).__name__}: {error}', file=sys.stderr)
         code = 1

@@ -146,3 +146,12 @@ def test_exact_captions_need_no_commas():
     said[0], said[1] = 'a shape ' * len(scenes[0].things), 'no caption'  # true but none of the five; neither
     pipe = Of(config=Of(tokenizer=Of(image_size=64)), caption=lambda images: [text.strip() for text in said])
     assert metrics.image_to_text_scores(pipe, 'seen', 6) == {'equivalent': 5, 'exact': 4}
+
+
+def test_things_anywhere_are_judged_on_such_scenes():
+    from types import SimpleNamespace as Of
+    (near, _), (free, known) = (metrics.scene_prompts('held_out', 6, anywhere=x) for x in (0., 1.))
+    assert near != free
+    pipe = Of(config=Of(tokenizer=Of(image_size=64)), caption=lambda images: [five[0].replace(',', '') for five in known])
+    assert metrics.image_to_text_scores(pipe, 'held_out', 6, anywhere=1.) == {'equivalent': 6, 'exact': 6}
+    assert metrics.image_to_text_scores(pipe, 'held_out', 6)['equivalent'] < 6
