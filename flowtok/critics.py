@@ -285,7 +285,7 @@ class Adversary(nn.Module):
         terms = {'discriminator': hinge_discriminator_loss(real, fake),
                  'lecam': lecam_loss(*means, self.real_average, self.fake_average)}
         for average, mean in zip((self.real_average, self.fake_average), means):
-            average.copy_(moving_average(average, mean))
+            average.copy_(torch.where(mean.isfinite(), moving_average(average, mean), average))
         return terms | {'real_logit': means[0].detach(), 'fake_logit': means[1].detach()}
 
 # %% ../nbs/06a_critics.ipynb #60b5de70

@@ -45,6 +45,7 @@ class Share:
     generator: torch.Generator | None = None  # of all random numbers, in the same state in every process
     rank: int = 0  # which process this is
     world_size: int = 1  # of how many
+    host: torch.Generator | None = None  # on the CPU, for single numbers, which the program decides by; None: `generator`
 
     def own(self, rows: Tensor) -> Tensor:  # (b world_size, ...) -> (b, ...)
         "The rows of this process."
@@ -75,10 +76,11 @@ def draw(
 ) -> Tensor:  # float32 random numbers, `shape`
     "Random numbers that depend on the generator alone, neither on the device nor on the number of processes."
     share = as_share(generator)
-    home = device if share.generator is None else share.generator.device
+    generator = share.generator if shape else share.host or share.generator
+    home = device if generator is None else generator.device
     whole = (shape[0] * share.world_size, *shape[1:]) if shape else ()
-    numbers = kind(whole, generator=share.generator, device=home)
-    return (share.own(numbers) if shape else numbers).to(device)
+    numbers = kind(whole, generator=generator, device=home)
+    return (share.own(numbers) if shape else numbers).to(device, non_blocking=numbers.is_cpu)
 
 # %% ../nbs/01_flow.ipynb #a7c2068b
 time_kinds = ('logit_normal', 'uniform', 'mixture')
@@ -124,8 +126,12 @@ def exchange_targets(
     indicator: Tensor,  # 1 or True for null, (b,)
 ) -> Tensor:  # targets, those of the null samples passed round among them, (b, ...)
     "Gives each null sample the target of the next null sample, and the last one that of the first."
-    null = indicator.bool().nonzero().squeeze(1)                                 # (m,) positions
-    return x1.index_copy(0, null, x1[null.roll(-1)])
+    n, here = len(x1), torch.arange(len(x1), device=x1.device)
+    null = indicator.bool()
+    ahead = torch.where(null, here, n).flip(0).cummin(0).values.flip(0)          # the first null at or after each row, n for none
+    after = torch.cat([ahead[1:], ahead.new_full((1,), n)])
+    source = torch.where(null, torch.where(after < n, after, ahead[0]), here)    # counted on the device: no list of the nulls
+    return x1[source]
 
 # %% ../nbs/01_flow.ipynb #163c2302
 def guide(

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_SKIPPED', 'rate_factor', 'make_optimizers', 'Ema', 'seed_of', 'Noise', 'save_state', 'checkpoints',
            'newest_state', 'everywhere', 'training_state', 'restore', 'save_checkpoint', 'Stopped', 'StopSign',
-           'Critics', 'take_step', 'Batches', 'Log', 'step_values', 'make_sheet', 'show_progress', 'progress_line',
-           'cpu_has_bf16', 'begin', 'finish', 'train', 'check_skipped', 'loop', 'cache_tokens', 'processes', 'prepare',
-           'scenes_for', 'parser', 'runs_of', 'carry_out', 'main']
+           'step_unless', 'Critics', 'take_step', 'Batches', 'Log', 'step_values', 'make_sheet', 'show_progress',
+           'progress_line', 'cpu_has_bf16', 'begin', 'finish', 'train', 'check_skipped', 'loop', 'cache_tokens',
+           'processes', 'prepare', 'scenes_for', 'parser', 'runs_of', 'carry_out', 'main']
 
 # %% ../nbs/09_train.ipynb #1c4ab31f
 import argparse
@@ -118,12 +118,14 @@ class Noise:
 
     def __init__(self, run: Run, accelerator):
         self.seed, self.rank = run.seed, accelerator.process_index
-        self.share = Share(torch.Generator(accelerator.device), self.rank, accelerator.num_processes)
+        device, n = accelerator.device, accelerator.num_processes
+        self.share = Share(torch.Generator(device), self.rank, n, None if device.type == 'cpu' else torch.Generator())
 
     def of_step(self, step: int) -> Share:
         "The share of this step's random numbers."
         torch.manual_seed(seed_of(self.seed, 1, step, self.rank))
-        self.share.generator.manual_seed(seed_of(self.seed, 2, step))
+        for generator in filter(None, (self.share.generator, self.share.host)):
+            generator.manual_seed(seed_of(self.seed, 2, step))
         return self.share
 
 # %% ../nbs/09_train.ipynb #309d2fdd
@@ -237,6 +239,20 @@ class StopSign:
         return int(asked)
 
 # %% ../nbs/09_train.ipynb #4430db42
+def step_unless(
+    broken: Tensor,  # 1 to leave the step out, else 0, ()
+    accelerator,  # accelerate.Accelerator
+    optimizer,  # prepared
+):
+    "A step of an optimiser, or none; a fused one is told on the device, and nobody waits for the answer."
+    inner = getattr(optimizer, 'optimizer', optimizer)
+    if accelerator.scaler is None and inner.defaults.get('fused'):
+        inner.found_inf = broken
+    if accelerator.scaler is not None or hasattr(inner, 'found_inf') or not broken:
+        optimizer.step()
+    optimizer.zero_grad()
+
+
 class Critics:
     "What judges the tokenizer's pictures, and how it learns itself."
 
@@ -247,23 +263,22 @@ class Critics:
         self.of = TokenizerCritics(stage.objective, networks).to(accelerator.device)
         self.weights, self.judge, self.optimizer = self.of.weights, None, None
         if self.of.adversary:
-            optimizer = torch.optim.AdamW(self.of.adversary.parameters(), r.gan_learning_rate, r.betas, weight_decay=r.weight_decay)
+            optimizer = torch.optim.AdamW(self.of.adversary.parameters(), r.gan_learning_rate, r.betas, weight_decay=r.weight_decay, fused=True)
             if state:
                 self.of.load_state_dict(state['weights'])
                 optimizer.load_state_dict(state['optimizer'])
             self.judge, self.optimizer = accelerator.prepare(self.of.adversary, optimizer)
 
-    def learn(self, accelerator, images: Tensor, decoded: Tensor, step: int) -> dict[str, Tensor]:  # for the log
-        "One step of the discriminator."
+    def learn(self, accelerator, images: Tensor, decoded: Tensor, step: int, broken: Tensor) -> dict[str, Tensor]:  # for the log
+        "One step of the discriminator, unless the tokenizer's was left out."
         r = self.recipe
         course = replace(r, steps=max(1, r.steps - r.gan_start))
         for group in self.optimizer.param_groups:
             group['lr'] = r.gan_learning_rate * rate_factor(step - r.gan_start, course)
         terms = self.judge(images, decoded)
         accelerator.backward(total(terms, self.of.adversary_weights))
-        accelerator.clip_grad_norm_(self.judge.parameters(), 1.)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        norm = accelerator.clip_grad_norm_(self.judge.parameters(), 1.)
+        step_unless(torch.maximum(broken, (~torch.isfinite(norm)).float()), accelerator, self.optimizer)
         return terms
 
     def state(self) -> dict:
@@ -297,14 +312,9 @@ def take_step(
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group['lr'] = group.setdefault('highest_lr', group['lr']) * rate
-        inner = getattr(optimizer, 'optimizer', optimizer)
-        if accelerator.scaler is None and inner.defaults.get('fused'):
-            inner.found_inf = broken                                       # obeyed on the device: nobody waits for the answer
-        if accelerator.scaler is not None or hasattr(inner, 'found_inf') or not broken:
-            optimizer.step()
-        optimizer.zero_grad()
-    if critics and critics.of.active(step) and not broken:
-        terms |= critics.learn(accelerator, *seen, step)
+        step_unless(broken, accelerator, optimizer)
+    if critics and critics.of.active(step):
+        terms |= critics.learn(accelerator, *seen, step, broken)
     return {name: term.detach() for name, term in terms.items()} | {'loss': loss.detach(), 'broken': broken}
 
 # %% ../nbs/09_train.ipynb #38a7e3d7
@@ -333,7 +343,7 @@ class Batches:
     def __next__(self) -> tuple[Tensor, Tensor]:
         first, captions = next(self.stream)
         first = torch.as_tensor(first).to(self.device, non_blocking=True)
-        return self.stage.first(first), self.stage.text_encoder.tokenize(captions).to(self.device)
+        return self.stage.first(first), self.stage.text_encoder.tokenize(captions).to(self.device, non_blocking=True)
 
     @property
     def position(self) -> dict: return self.stream.position

@@ -1,4 +1,5 @@
 """The training engine: optimisers, averages, checkpoints, stopping and going on, two processes."""
+import copy
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from made import write
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowtok import train as engine
 from flowtok.config import from_json, preset, recipe, stages, to_json
@@ -288,6 +290,75 @@ def test_a_step_without_finite_gradients_is_skipped_and_counted(every, told, opt
     assert [line.get('skipped', 0) for line in lines if 'seconds' in line] == told
     assert all(line['loss'] == line['loss'] for line in lines if 'loss' in line)
     assert all(x.isfinite().all() for x in load_file(run.weights).values())
+
+
+class Waits(TorchDispatchMode):
+    "Counts the operations whose answer the host needs, unless all that they look at was drawn on the host."
+    asking = '_local_scalar_dense', 'nonzero', 'masked_select', 'equal', 'is_nonzero', 'unique', '_unique2'
+
+    def __init__(self, host):
+        super().__init__()
+        self.host, self.drawn, self.found = host, [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        seen = [x for x in args if isinstance(x, torch.Tensor)]
+        from_host = getattr(kwargs.get('generator'), '_cdata', 0) == self.host._cdata or seen and all(any(x is y for y in self.drawn) for x in seen)
+        mask = name.startswith('index') and any(x is not None and x.dtype == torch.bool for x in args[1] if not isinstance(x, int)) \
+            if len(args) > 1 and isinstance(args[1], (list, tuple)) else False
+        if (name in self.asking or mask) and not from_host:
+            self.found.append(name)
+        answer = func(*args, **kwargs)
+        if from_host:
+            self.drawn.append(answer)
+        return answer
+
+
+def test_what_counts_as_waiting():
+    host = torch.Generator()
+    with Waits(host) as waits:
+        assert bool(torch.rand((), generator=host) < 2) and not waits.found
+        bool(torch.ones(2).sum() > 1), torch.ones(2).nonzero(), torch.ones(2)[torch.ones(2) > 0]
+    assert waits.found == ['_local_scalar_dense', 'nonzero', 'index']
+
+
+@pytest.mark.parametrize('stage', stages)
+def test_no_step_waits_for_the_device(stage, shards, tmp_path):
+    for earlier in stages[:stages.index(stage)]:
+        engine.prepare(short(earlier, shards, tmp_path, steps=1))
+        train(short(earlier, shards, tmp_path, steps=1))
+    critics = dict(gan_weight=.1, gan_learning_rate=1e-4) if stage == 'tokenizer' else {}
+    run = short(stage, shards, tmp_path, optimizer='adamw', **critics)
+    engine.prepare(run)
+    accelerator, learner = engine.begin(run)
+    optimizers = make_optimizers(learner.trained, run.recipe)
+    model, *optimizers = accelerator.prepare(learner, *optimizers)
+    critics, ema = engine.Critics(run, learner, accelerator, None) if critics else None, Ema(learner.trained, .9)
+    assert critics is None or critics.of.active(0)
+    batch, share = next(engine.Batches(run, learner, accelerator.device)), Share(torch.Generator(), host=torch.Generator())
+    with Waits(share.host) as waits:
+        for step in range(2):
+            terms = engine.take_step(accelerator, model, learner, optimizers, batch, share, 1., critics, step)
+            ema.update(step)
+    AcceleratorState._reset_state(reset_partial_state=False)
+    assert terms['loss'].isfinite() and not terms['broken'] and not waits.found
+
+
+def test_a_broken_step_leaves_the_critics_alone(shards, tmp_path, monkeypatch):
+    run, real, calls = short('tokenizer', shards, tmp_path, steps=5, gan_weight=.1, gan_learning_rate=1e-4), engine.total, []
+
+    def total(terms, weights):
+        calls.append('adversarial' in terms)
+        return real(terms, weights) * (float('nan') if calls.count(True) == 3 else 1.)
+
+    monkeypatch.setattr(engine, 'total', total)
+    states = []
+    monkeypatch.setattr(engine, 'save_checkpoint', lambda run, **state: states.append(copy.deepcopy(state['critics'])))
+    train(replace(run, save_every=1))
+    weights = [state['weights'] for state in states]
+    same = [all(torch.equal(a[name], b[name]) for name in a if 'average' not in name) for a, b in zip(weights, weights[1:])]
+    assert same == [False, True, False]
+    assert all(x.isfinite().all() for state in weights for x in state.values())
 
 
 def test_steps_that_all_fail_end_the_run_and_keep_the_checkpoint(shards, tmp_path, monkeypatch):
