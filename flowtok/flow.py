@@ -168,7 +168,8 @@ def guided(
 
     def field(x: Tensor) -> Tensor:
         (now, t), x = next(turns), x.to(dtype)
-        if guidance_scale == 1 or not low - 1e-6 <= t <= high + 1e-6:
+        field.guides = guidance_scale != 1 and low - 1e-6 <= t <= high + 1e-6
+        if not field.guides:
             return now(x, 1)
         return guide(*now(torch.cat([x, x]), 2).chunk(2), guidance_scale)
     return field
@@ -191,13 +192,15 @@ def heun(field: Callable, x: Tensor, h: Tensor) -> Tensor:
 
 
 class AdamsBashforth:
-    "Steps of order 2: one evaluation, and the memory of the one before."
+    "Steps of order 2: one evaluation, and the memory of the one before, unless guidance has begun or ended since."
     before = None
 
     def __call__(self, field: Callable, x: Tensor, h: Tensor) -> Tensor:
         v, before = field(x), self.before
-        self.before = v, h
-        return x + h * v if before is None else x + h * (v + h / (2 * before[1]) * (v - before[0]))
+        self.before = v, h, getattr(field, 'guides', None)
+        if before is None or before[2] != self.before[2]:
+            return x + h * v
+        return x + h * (v + h / (2 * before[1]) * (v - before[0]))
 
 
 solvers = {'euler': euler, 'midpoint': midpoint, 'heun': heun, 'ab2': AdamsBashforth}

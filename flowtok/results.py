@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'find_repository', 'repository_root', 'RunRecord', 'git_state', 'library_versions', 'hardware',
-           'data_identity', 'find_fault', 'check_record', 'record', 'write_atomically', 'write_record', 'read_record',
-           'write_table']
+           'data_identity', 'find_fault', 'check_record', 'record', 'write_atomically', 'write_record', 'label_table',
+           'read_record', 'write_table']
 
 # %% ../nbs/12_results.ipynb #9212f90a
 import csv
@@ -209,10 +209,22 @@ def write_record(
     folder: str | Path,  # of the run
     run: RunRecord,  # from `record`
 ) -> Path:  # folder/result.json
-    "Check a record and write it, at once or not at all."
+    "Check a record and write it, at once or not at all; the tables beside it get its label."
     values = asdict(run)
     check_record(values)
-    return write_atomically(Path(folder) / 'result.json', json.dumps(values, indent=2, ensure_ascii=False) + '\n')
+    path = write_atomically(Path(folder) / 'result.json', json.dumps(values, indent=2, ensure_ascii=False) + '\n')
+    for table in Path(folder).glob('*.md'):
+        label_table(table, run.label())
+    return path
+
+
+def label_table(
+    path: Path,  # a Markdown table
+    label: str,  # of the record that it belongs to
+):
+    "Say below a table under which conditions its numbers stand."
+    rows = [line for line in path.read_text(encoding='utf-8').splitlines() if line.startswith('|')]
+    write_atomically(path, '\n'.join([*rows, '', f'{label}; [record](result.json)', '']))
 
 
 def read_record(

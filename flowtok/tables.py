@@ -236,8 +236,9 @@ def summarise(
         row = {'variant': variant, 'seeds': len(found)}
         for measure in measures:
             values = [one[measure] for one in found if one.get(measure) is not None]
-            row[measure] = fmean(values) if values else None
-            row[f'{measure}, deviation'] = stdev(values) if len(values) > 1 else None
+            whole = len(values) == len(found)                                    # no mean over those seeds alone that got somewhere
+            row[measure] = fmean(values) if whole else None
+            row[f'{measure}, deviation'] = stdev(values) if whole and len(values) > 1 else None
         rows.append(row)
     return rows
 
@@ -303,7 +304,9 @@ def table_4(records: dict[str, RunRecord]) -> list[dict]:
         measured = found.get(SAME_VARIANT[name], {'seeds': '', first: NOT_MEASURED})
         rows.append({'part': row['part'], 'variant': row['what'], 'COCO FID-30K (paper, FlowTok-B)': row['COCO FID-30K'],
                      **{key: value for key, value in measured.items() if key != 'variant'}})
-    return rows + [{'part': 'this book', **row} for name, row in found.items() if name not in SAME_VARIANT.values()]
+    own = {name: row for name, row in found.items() if name not in SAME_VARIANT.values()}
+    parts = {name: 'this book: a new tokenizer, its own pictures rebuilt' if name.startswith('text dropped') else 'this book' for name in own}
+    return rows + [{'part': parts[name], **row} for name, row in own.items()]
 
 
 def figure_2(records: dict[str, RunRecord]) -> list[dict]:
@@ -315,7 +318,7 @@ CONTENTS = (  # name, what it is about, notebook, files
     ('table 1', 'sizes of the models', '', ('table_1',)),
     ('table 2', 'pictures from captions', 'benchmark_coco benchmark_mjhq benchmark_speed train', ('table_2',)),
     ('table 3', 'captions from pictures', 'benchmark_captions', ('table_3',)),
-    ('table 4', 'the alignment loss and more, taken apart', 'ablations', ('table_4', 'ablations/summary.png')),
+    ('table 4', 'the alignment loss and more, taken apart', 'ablations', ('table_4', 'ablations/summary.png', 'ablations/steps.md')),
     ('table 5', 'training data', '', ('table_5',)), ('table 6', 'hyper-parameters', '', ('table_6',)),
     ('figure 1', 'pictures with their prompts', 'figures', ('figures/figure_1.png',)),
     ('figure 2', 'text as a source or as a condition', 'text_as_source', ('figure_2', 'text_as_source/curves.png')),
@@ -362,7 +365,9 @@ def readme(folder: Path, records: dict[str, RunRecord]) -> str:
              "`python -m pytest -q tests/test_notebooks.py` runs each of them at a size of seconds.",
              table([contents_row(folder, records, *entry) for entry in CONTENTS])]
     if sentences:
-        parts += ['## What the comparisons say', '\n'.join(f'- {sentence}' for sentence in sentences)]
+        chance = sum('95% interval' in sentence for sentence in sentences)
+        parts += ['## What the comparisons say', f'Each sentence stands for itself. Of {chance} intervals of 95%, about {chance / 20:.0f} would leave out zero by chance alone.',
+                  '\n'.join(f'- {sentence}' for sentence in sentences)]
     if others:
         parts += ['## Other records', table(others)]
     return '\n\n'.join(parts) + '\n'

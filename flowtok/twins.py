@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['crossflow', 'KINDS', 'CrossAttention', 'CrossBlock', 'initialize_as_dit', 'Conditioned', 'Source2d', 'grid_config',
-           'parameters_of', 'build_network', 'match', 'Twin', 'step_memory', 'train_twin']
+           'parameters_of', 'build_network', 'match', 'Twin', 'formats_of', 'step_memory', 'train_twin', 'seconds_to']
 
 # %% ../nbs/17_twins.ipynb #8a29d8dc
 import math
@@ -36,14 +36,17 @@ class CrossAttention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
 
+    def listen(self, text: Tensor) -> Tensor:  # (b, n, w) -> keys and values, (2, b, heads, n, w / heads)
+        "What does not depend on the picture."
+        return self.kv(text).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
     def forward(
         self,
         x: Tensor,  # (b, k, w)
-        text: Tensor,  # (b, n, w)
+        heard: Tensor,  # from `listen`
     ) -> Tensor:  # (b, k, w)
         q = self.q(self.norm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = self.kv(text).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attend(q, *heard).transpose(1, 2).flatten(2))
 
 
 class CrossBlock(ModulatedBlock):
@@ -53,10 +56,10 @@ class CrossBlock(ModulatedBlock):
         super().__init__(width, heads)
         self.cross = CrossAttention(width, heads)
 
-    def forward(self, x: Tensor, c: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, heard: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(c)).chunk(6, -1)
         x = x + gate_a[:, None] * self.attn(self.norm1(x) * (1 + scale_a[:, None]) + shift_a[:, None])
-        x = x + self.cross(x, text)
+        x = x + self.cross(x, heard)
         return x + gate_m[:, None] * self.mlp(self.norm2(x) * (1 + scale_m[:, None]) + shift_m[:, None])
 
 # %% ../nbs/17_twins.ipynb #9d7c623e
@@ -97,22 +100,27 @@ class Conditioned(nn.Module):
         for branch in (block.cross.proj for block in self.blocks if kind == 'cross'):
             nn.init.zeros_(branch.weight)
 
-    def read(self, features: Tensor, indicator: Tensor) -> Tensor:  # (b, n, c), (b,) -> (b, n, w)
-        "The text as the blocks see it, empty where the indicator is 1."
+    def read(self, features: Tensor, indicator: Tensor) -> Tensor | list[Tensor]:  # (b, n, c), (b,) -> tokens (b, n, w), or each block's `listen`
+        "The text as the blocks see it, empty where the indicator is 1: the same at all times."
         x = torch.where(indicator.bool()[:, None, None], self.null.to(features.dtype), features)
         for layer in self.layers:
             x = layer(x)
-        return self.text_in(x)
+        text = self.text_in(x)
+        return [block.cross.listen(text) for block in self.blocks] if self.kind == 'cross' else text
+
+    def move(self, x: Tensor, t: Tensor, read: Tensor | list[Tensor]) -> Tensor:  # (b, k, d), (b,) -> (b, k, d)
+        "Where the tokens are going, with a text that has been read."
+        k = x.shape[1]
+        h, c = self.embed(x) + self.positions[:k], self.time(t)
+        if self.kind == 'concat':
+            h = torch.cat([h, read + self.positions[k:]], 1)
+        for i, block in enumerate(self.blocks):
+            h = block(h, c, read[i]) if self.kind == 'cross' else block(h, c)
+        return self.final(h[:, :k], c)
 
     def velocity(self, x: Tensor, t: Tensor, indicator: Tensor, features: Tensor) -> Tensor:
         "Where the tokens are going, (b, k, d)."
-        k, text = x.shape[1], self.read(features, indicator)
-        h, c = self.embed(x) + self.positions[:k], self.time(t)
-        if self.kind == 'concat':
-            h = torch.cat([h, text + self.positions[k:]], 1)
-        for block in self.blocks:
-            h = block(h, c, text) if self.kind == 'cross' else block(h, c)
-        return self.final(h[:, :k], c)
+        return self.move(x, t, self.read(features, indicator))
 
 # %% ../nbs/17_twins.ipynb #54ddb0c3
 class Source2d(nn.Module):
@@ -242,31 +250,51 @@ class Twin:
             start = self.network.project(features)
             return sample(self.network.velocity, start.mean + self.temperature * start.std * noise, **how)
 
+        read = {}                                                                # once with the null text beside, once without
+
         def velocity(x, t, indicator):
-            return self.network.velocity(x, t, indicator, features.repeat(len(x) // len(features), 1, 1))
+            if len(x) not in read:
+                read[len(x)] = self.network.read(features.repeat(len(x) // len(features), 1, 1), indicator)
+            return self.network.move(x, t, read[len(x)])
         return sample(velocity, noise, **how)
 
 # %% ../nbs/17_twins.ipynb #00639688
+def formats_of(
+    recipe: Recipe,
+    device: torch.device,
+):  # a context
+    "The number format in which the networks of a recipe compute."
+    fast = recipe.precision == 'bf16' and (device.type != 'cpu' or cpu_has_bf16())
+    return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
+
+
 def step_memory(
     network: nn.Module,
     step: Callable[[], Tensor],  # the loss of a batch
+    recipe: Recipe,  # precision and optimizer
 ) -> float:  # megabytes
     "What a training step holds at its peak."
-    if torch.cuda.is_available():
+    device = next(network.parameters()).device
+    size = lambda tensors: sum(p.numel() * p.element_size() for p in tensors)
+    learned = size(p for p in network.parameters() if p.requires_grad)
+    remembered = sum(size(group['params']) * (1 if type(optimizer).__name__ == 'Muon' else 2)
+                     for optimizer in make_optimizers(network, recipe) for group in optimizer.param_groups)
+    if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
-        step().backward()
+        with formats_of(recipe, device):
+            loss = step()
+        loss.backward()
         network.zero_grad()
-        return torch.cuda.max_memory_allocated() / 1e6
+        return (torch.cuda.max_memory_allocated() + learned + remembered) / 1e6
     kept = {}
 
     def pack(x):
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), formats_of(recipe, device):
         step()
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    learned = sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
-    return (4 * learned + sum(size for place, size in kept.items() if place not in own)) / 1e6
+    return (3 * learned + remembered + sum(size for place, size in kept.items() if place not in own)) / 1e6
 
 # %% ../nbs/17_twins.ipynb #d5d591f9
 def train_twin(
@@ -281,14 +309,13 @@ def train_twin(
     network, seconds = twin.network.train(), 0.
     device = next(network.parameters()).device
     optimizers, ema, share = make_optimizers(network, recipe), Ema(network, recipe.ema), Share(torch.Generator(device))
-    fast = recipe.precision == 'bf16' and (device.type != 'cpu' or cpu_has_bf16())
     rates = [[group['lr'] for group in optimizer.param_groups] for optimizer in optimizers]
     for step in range(1, recipe.steps + 1):
         features, x1 = next(batches)
         began = time.perf_counter()
         share.generator.manual_seed(seed_of(seed, 2, step))
         torch.manual_seed(seed_of(seed, 1, step))
-        with torch.autocast(device.type, torch.bfloat16) if fast else nullcontext():
+        with formats_of(recipe, device):
             loss = total(twin.terms(features, x1, share), twin.weights)
         loss.backward()
         for optimizer, highest in zip(optimizers, rates):
@@ -307,3 +334,17 @@ def train_twin(
         p.data.copy_(mean)
     network.eval()
     return seconds
+
+
+def seconds_to(
+    curve: list[dict],  # 'seconds' and 'right (%)', rising in time
+    quality: float,  # percent
+) -> float | None:  # None where it was not reached
+    "When a training first reached a quality, on straight lines between the looks."
+    s0, r0 = 0., 0.
+    for point in curve:
+        s1, r1 = point['seconds'], point['right (%)']
+        if r1 >= quality:
+            return s0 + (quality - r0) / (r1 - r0) * (s1 - s0) if r1 > r0 else s1
+        s0, r0 = s1, r1
+    return None

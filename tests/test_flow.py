@@ -217,6 +217,13 @@ def test_a_velocity_that_prepares_is_told_all_times_and_asked_in_order(start, so
 
 # sampling
 
+def test_the_multistep_solver_forgets_where_guidance_ends(start):
+    def velocity(x, t, indicator): return torch.where(indicator[:, None, None].bool(), 1., 2.).to(x) + 0 * x
+    path = sample(velocity, start, num_inference_steps=4, solver='ab2', guidance_scale=3., guidance_interval=(.25, .5), return_path=True)
+    moved = path.diff(dim=0)[:, 0, 0, 0] * 4
+    assert torch.allclose(moved, torch.tensor([2., 4., 4., 2.], dtype=moved.dtype))
+
+
 def test_guidance_only_within_its_interval(start):
     seen = []
 

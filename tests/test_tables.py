@@ -14,7 +14,7 @@ from readme import root
 
 from flowtok import paper, tables
 from flowtok.config import paper_recipes, presets
-from flowtok.results import data_identity, read_record, record, write_record
+from flowtok.results import data_identity, read_record, record, write_record, write_table
 
 folder = root / 'papers_results'
 committed = tables.find_records(folder)
@@ -68,6 +68,27 @@ def test_a_reduced_number_is_never_without_its_label():
     assert cells == ['12.35 [11, 13.5] (clean; n = 77; tiny, reduced, stand-in random_conv_features; drawn; steps 20) [record](coco/result.json)']
     for one in tables.all_measured({'coco/result.json': run}):
         assert run.label() in (one.row()['conditions'] if one.value is None else one.cell())
+
+
+@pytest.mark.parametrize('where', [where for where in committed if list((folder / where).parent.glob('*.md'))])
+def test_every_table_beside_a_record_has_its_label(where):
+    for table in (folder / where).parent.glob('*.md'):
+        assert table.read_text().endswith(f'{committed[where].label()}; [record](result.json)\n'), table
+
+
+def test_a_record_labels_the_tables_beside_it_once(tmp_path):
+    write_table([{'a': 1.5, 'b': None}], tmp_path / 'one')
+    before = (tmp_path / 'one.md').read_text()
+    for scale in (True, False):
+        run = of('?', {'a': 1.5}, reduced=scale)
+        write_record(tmp_path, run)
+        assert (tmp_path / 'one.md').read_text() == f'{before}\n{run.label()}; [record](result.json)\n'
+
+
+def test_a_mean_is_of_all_seeds_or_of_none():
+    runs = seeds('a', (1., 2., 3.)) + seeds('b', (1., None, 3.))
+    a, b = tables.summarise(runs, ('right',))
+    assert (a['right'], a['right, deviation'], b['right'], b['right, deviation']) == (2., 1., None, None)
 
 
 @pytest.mark.parametrize('notebook, rows_of', [('ablations', tables.table_4), ('text_as_source', tables.figure_2)])

@@ -7,10 +7,11 @@ import torch
 
 from flowtok import twins
 from flowtok.config import preset, recipe
-from flowtok.flow import Share
+from flowtok.flow import Share, sample
 from flowtok.model import FlowTok
 from flowtok.objective import ObjectiveConfig, text_to_image_terms
 from flowtok.tokenizer import ImageTokenizer
+from flowtok.train import cpu_has_bf16
 
 tiny = preset('tiny')
 configs = {kind: twins.grid_config(tiny) if kind == 'source 2d' else tiny for kind in twins.KINDS}
@@ -123,8 +124,34 @@ def test_training_is_repeatable_and_learns(kind):
     assert torch.equal(*weights)
 
 
-def test_memory_grows_with_the_batch_and_leaves_nothing():
+@pytest.mark.parametrize('kind', ['cross', 'concat'])
+@pytest.mark.parametrize('guidance', [1., 2.])
+def test_a_text_is_read_once_for_a_picture(kind, guidance, monkeypatch):
+    twin, (features, x1) = made(kind), batch(kind)
+    network, reads, real = twin.network, [], twin.network.read
+    monkeypatch.setattr(network, 'read', lambda *a: reads.append(1) or real(*a))
+    fast = twin.draw(features, torch.Generator().manual_seed(0), 4, guidance)
+    assert len(reads) == 1
+    noise = torch.randn(x1.shape, generator=torch.Generator().manual_seed(0))
+    plain = sample(lambda x, t, indicator: network.velocity(x, t, indicator, features.repeat(len(x) // 5, 1, 1)), noise,
+                   num_inference_steps=4, guidance_scale=guidance)
+    assert torch.allclose(fast, plain, atol=1e-6) and len(reads) == 5
+
+
+@pytest.mark.parametrize('optimizer, moments', [('adamw', 2), ('muon', 1)])
+def test_memory_grows_with_the_batch_and_leaves_nothing(optimizer, moments):
     twin = made('source')
-    few, many = (twins.step_memory(twin.network, lambda: twin.terms(*batch('source', n), share())['flow'].mean()) for n in (2, 40))
-    own = 4 * 4 * twins.parameters_of(twin.network) / 1e6
+    def megabytes(n, **values):
+        how = replace(recipe('tiny', 'text-to-image'), optimizer=optimizer, **values)
+        return twins.step_memory(twin.network, lambda: twin.terms(*batch('source', n), share())['flow'].mean(), how)
+    few, many, half = megabytes(2), megabytes(40), megabytes(40, precision='bf16')
+    own = (3 + moments) * 4 * twins.parameters_of(twin.network) / 1e6
     assert own < few < many and all(p.grad is None for p in twin.network.parameters())
+    full = megabytes(40, precision='fp32')
+    assert half < full if cpu_has_bf16() else half == full
+
+
+@pytest.mark.parametrize('quality, seconds', [(0, 0), (10, 5), (20, 10), (50, 17.5), (60, 20), (61, None)])
+def test_the_time_to_a_quality_lies_between_the_looks(quality, seconds):
+    curve = [{'seconds': s, 'right (%)': r} for s, r in ((10, 20), (20, 60), (30, 40))]
+    assert twins.seconds_to(curve, quality) == seconds
