@@ -151,9 +151,9 @@ def test_tables_are_what_the_records_give(tmp_path):
     for where in committed:
         (copy / where).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / where, copy / where)
-    for picture in folder.glob('*/*.png'):                                       # the README links to those that are there
-        (copy / picture.parent.name).mkdir(exist_ok=True)
-        shutil.copy(picture, copy / picture.parent.name)
+    for there in (*folder.glob('*/*.png'), *folder.glob('*/*.md')):              # the README links to them
+        (copy / there.parent.name).mkdir(exist_ok=True)
+        shutil.copy(there, copy / there.parent.name)
     assert not list(copy.glob('*.md'))
     made = tables.build_tables(copy)
     assert {path.name for path in made} == {f'{name}{ending}' for name in written for ending in ('.csv', '.md')} | {'README.md'}
