@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'MASKGEN', 'CONFIGURATION', 'SOURCES', 'TABLE_1', 'TOKENIZER_RFID', 'COLUMNS_2', 'TABLE_2', 'SCORE_NAMES',
-           'TABLE_3', 'TABLE_4', 'TABLE_5', 'TABLE_6', 'TABLES', 'columns_of', 'paper_value']
+           'TABLE_3', 'TABLE_4', 'COLUMNS_5', 'TABLE_5', 'TABLE_6', 'TABLES', 'columns_of', 'paper_value']
 
 # %% ../nbs/12a_paper.ipynb #61594abd
 from collections.abc import Mapping
@@ -79,16 +79,17 @@ TABLE_4 = columns_of(
     ('c', 'weight 2', 'weight 2.0', 30.59))
 
 # %% ../nbs/12a_paper.ipynb #1e537100
-TABLE_5 = {
-    'datacomp': {'stage': 'tokenizer', 'data set': 'DataComp-1B', 'pairs': '685.8M'},
-    'datacomp-5': {'stage': 'pre-training', 'data set': 'DataComp-1B', 'pairs': '219.8M'},
-    'cc12m': {'stage': 'pre-training', 'data set': 'CC12M', 'pairs': '4.8M'},
-    'laion-aesthetic': {'stage': 'pre-training', 'data set': 'LAION-aesthetic', 'pairs': '28.3M'},
-    'datacomp-6': {'stage': 'fine-tuning', 'data set': 'DataComp-1B', 'pairs': '3.6M'},
-    'laion-art': {'stage': 'fine-tuning', 'data set': 'LAION-art', 'pairs': '4.2M'},
-    'laion-pop': {'stage': 'fine-tuning', 'data set': 'LAION-pop (re-captioned)', 'pairs': '0.4M'},
-    'dalle3-1m': {'stage': 'fine-tuning', 'data set': 'DALLE3-1M', 'pairs': '1.0M'},
-    'journeydb': {'stage': 'fine-tuning', 'data set': 'JourneyDB', 'pairs': '4.1M'}}
+COLUMNS_5 = 'stage', 'data set', 'resolution', 'aesthetic', 'watermark', 'pairs'
+TABLE_5 = {name: dict(zip(COLUMNS_5, row)) for name, row in {
+    'datacomp': ('tokenizer', 'DataComp-1B', 'yes', '', '', '685.8M'),
+    'datacomp-5': ('pre-training', 'DataComp-1B', 'yes', '> 5.0', 'yes', '219.8M'),
+    'cc12m': ('pre-training', 'CC12M', 'yes', '', 'yes', '4.8M'),
+    'laion-aesthetic': ('pre-training', 'LAION-aesthetic', 'yes', '> 5.0', 'yes', '28.3M'),
+    'datacomp-6': ('fine-tuning', 'DataComp-1B', 'yes', '> 6.0', 'yes', '3.6M'),
+    'laion-art': ('fine-tuning', 'LAION-art', 'yes', '', 'yes', '4.2M'),
+    'laion-pop': ('fine-tuning', 'LAION-pop (re-captioned)', 'yes', '', 'yes', '0.4M'),
+    'dalle3-1m': ('fine-tuning', 'DALLE3-1M', '', '', '', '1.0M'),
+    'journeydb': ('fine-tuning', 'JourneyDB', '', '', '', '4.1M')}.items()}
 
 # %% ../nbs/12a_paper.ipynb #d332f9ce
 TABLE_6 = {

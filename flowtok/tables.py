@@ -194,7 +194,7 @@ def table_5() -> list[dict]:
     rows = []
     for name, paper in TABLE_5.items():
         source = paper_sources[name]
-        rows.append({**paper, 'pairs from': 'MaskGen, table 7', 'preset': name, 'aspect ratio below': source.max_aspect or '',
+        rows.append({**{key: value for key, value in paper.items() if key != 'pairs'}, 'pairs': paper['pairs'], 'pairs from': 'MaskGen, table 7', 'preset': name, 'aspect ratio below': source.max_aspect or '',
                      'longer side at least': source.min_side or '', 'aesthetic score above': source.min_aesthetic or '',
                      'watermark at most': source.max_watermark if source.watermark_key else ''})
     return rows
@@ -204,12 +204,12 @@ def table_6() -> list[dict]:
     "Hyper-parameters: the authors' configuration beside the recipes, the small model's for comparison."
     rows = []
     for name, paper in TABLE_6.items():
-        def of(scale):
-            config, how = presets[scale], recipe(scale, 'text-to-image')
+        def of(scale, phase='pre-training'):
+            config, how = presets[scale], recipe(scale, 'text-to-image', phase)
             parts = how, config.text, config.tokenizer
             return next(getattr(part, name) for part in parts if hasattr(part, name))
         rows.append({'value': name, "authors' configuration": str(paper), 'our recipe, xl': str(of('xl')),
-                     'the same': 'yes' if of('xl') == paper else 'no', 'our recipe, tiny': str(of('tiny'))})
+                     'the same': 'yes' if of('xl') == paper else 'no', 'our fine-tuning, xl': str(of('xl', 'fine-tuning')), 'our recipe, tiny': str(of('tiny'))})
     return rows
 
 # %% ../nbs/12b_tables.ipynb #c6a53e88
