@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Comparison', 'make_pipeline', 'some_prompts', 'draw', 'compare_sampling', 'stage_rows', 'whole_picture',
            'BenchFlowStage', 'make_stage', 'make_batch', 'our_training', 'compare_training', 'training_rows',
-           'pays_from', 'compile_row', 'run_benchmark', 'main']
+           'pays_from', 'compile_row', 'run_benchmark', 'speed_record', 'main']
 
 # %% ../nbs/14b_bench.ipynb #56aacd62
 import argparse
@@ -16,6 +16,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,7 +32,8 @@ from .flow import Share
 from .model import FlowTok
 from .pipeline import FlowTokPipeline, kept_memory
 from .plain import make_noise, plain_generate, plain_training, relative
-from .results import write_table
+from .paper import SOURCES, TABLE_2
+from .results import RunRecord, record, write_record, write_table
 from .stages import FlowStage, Run, Stage, stage_classes
 from .tokenizer import ImageTokenizer
 from .train import Ema, cpu_has_bf16, make_optimizers, take_step
@@ -211,12 +213,12 @@ def compare_training(
     batch_size: int,
     repeats: int = 3,
     device: torch.device = torch.device('cpu'),
-    precision: str = '',  # of the training loop; '' for bf16 where the device multiplies in it
-) -> Comparison:  # plain loop fp32, training loop; their difference is that of the first loss
+    precisions: tuple[str, ...] = (),  # of the training loop; () for fp32, and bf16 where the device multiplies in it
+) -> Comparison:  # plain loop fp32, training loops; their difference is that of the first loss
     "Steps of a stage, the plain loop and then ours, from the same weights."
-    precision = precision or ('bf16' if device.type == 'cuda' or cpu_has_bf16() else 'fp32')
+    precisions = precisions or ('fp32', 'bf16')[:1 + (device.type == 'cuda' or cpu_has_bf16())]
     def measure(make, *how):
-        learner = make_stage(config, stage, precision, device)
+        learner = make_stage(config, stage, how[0] if how else 'fp32', device)
         step = make(learner, make_batch(learner, batch_size), *how)
 
         def call():
@@ -226,12 +228,14 @@ def compare_training(
             loss = call().item()                                                 # also warms up
             memory = peak_memory(call, device)
             return loss, memory, race({'': call}, device, repeats, warm_up=0)['']
-    versions, found = {'plain loop fp32': (plain_training,), f'training loop {precision}': (our_training, precision)}, {}
+    versions = {'plain loop fp32': (plain_training,)} | {f'training loop {precision}': (our_training, precision) for precision in precisions}
+    found = {}
     for name, how in versions.items():
         found[name] = measure(*how)
         gc.collect()                                                             # a prepared stage and its forward hold each other
-    (reference, *_), (loss, *_) = found.values()
-    return Comparison({name: times for name, (*_, times) in found.items()}, {name: abs(loss / reference - 1)},
+    reference = found['plain loop fp32'][0]
+    return Comparison({name: times for name, (*_, times) in found.items()},
+                      {name: abs(loss / reference - 1) for name, (loss, *_) in found.items() if name.startswith('training')},
                       {name: memory for name, (_, memory, _) in found.items()})
 
 # %% ../nbs/14b_bench.ipynb #2237133c
@@ -319,6 +323,22 @@ def run_benchmark(
     return found
 
 # %% ../nbs/14b_bench.ipynb #581d3821
+def speed_record(
+    parameters: dict,  # with scale and batch_size
+    started: float,  # time.time() at the start
+    metrics: dict,  # tables and ceilings
+) -> RunRecord:
+    "The record of a benchmark, with the paper's speeds beside it."
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    return record(
+        'How fast is it, and how fast could it be?', parameters, started=started, seed=0, metrics=metrics,
+        data={'name': 'random weights and tokens, fixed captions', 'counts': {'captions': parameters['batch_size']}, 'hash': ''},
+        conditions={'scale': parameters['scale'], 'reduced': parameters['scale'] not in ('b', 'xl', 'h'), 'stand_ins': ['random weights'], 'device': device,
+                    'threads': torch.get_num_threads()},
+        paper={'value': {scale: TABLE_2[f'FlowTok-{scale.upper()}']['images/s'] for scale in ('xl', 'h')},
+               'unit': 'images/s, one A100, batch 64, fp16', 'source': SOURCES['table 2']})
+
+
 def main():
     "Entry point of `python -m flowtok.bench`."
     p = argparse.ArgumentParser(prog='python -m flowtok.bench', description='Measure speed against the floor and a straightforward version.',
@@ -328,12 +348,13 @@ def main():
                               ('train', 8, "batch of the training steps, the tokenizer's a quarter of it; 0 for none")):
         p.add_argument(f'--{name}', type=int, default=value, help=what)
     p.add_argument('--compile', action='store_true', help='measure torch.compile, too: half a minute or more')
-    p.add_argument('--out', default='', help='folder for the tables as CSV and Markdown')
+    p.add_argument('--out', default='', help='folder for the tables as CSV and Markdown, and the record; empty: they are only printed')
     given = p.parse_args()
     for name, least in (('batch_size', 1), ('steps', 1), ('repeats', 1), ('train', 0)):
         if getattr(given, name) < least:
             print(f'{name} must be at least {least}, got {getattr(given, name)}.', file=sys.stderr)
             sys.exit(1)
+    started = time.time()
     found = run_benchmark(given.scale, given.batch_size, given.steps, given.repeats, given.train, given.compile)
     for name, rows in found.items():
         if isinstance(rows, list):
@@ -343,6 +364,9 @@ def main():
             if given.out:
                 Path(given.out).mkdir(parents=True, exist_ok=True)
                 write_table(rows, Path(given.out) / name)
+    if given.out:
+        parameters = {name: value for name, value in vars(given).items() if name != 'out'}
+        write_record(given.out, speed_record(parameters, started, found))
 
 
 if __name__ == '__main__' and '__file__' in globals():  # a module has a file, this notebook has none

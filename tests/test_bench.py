@@ -19,6 +19,8 @@ from flowtok.model import MOST_KEPT, FlowTok, Velocity
 from flowtok.objective import total
 from flowtok.pipeline import FlowTokPipeline
 from flowtok.plain import make_noise, plain_generate, plain_velocity, relative
+from flowtok.results import read_record
+from flowtok.train import cpu_has_bf16
 
 
 def shrunken(name):
@@ -170,10 +172,10 @@ def test_operations_of_a_training_step_are_those_that_pytorch_counts(stage, size
 
 @pytest.mark.parametrize('stage', stages)
 def test_first_loss_is_that_of_the_plain_loop(stage):
-    for precision, most in (('fp32', 1e-5), ('', .02)):
-        compared = compare_training(preset('tiny'), stage, 4, 1, precision=precision)
-        (name, off), = compared.differences.items()
-        assert off < most and list(compared.times) == ['plain loop fp32', name] == list(compared.memory)
+    compared = compare_training(preset('tiny'), stage, 4, 1)
+    most = dict(zip(('training loop fp32', 'training loop bf16'), (1e-5, .02)[:1 + cpu_has_bf16()]))
+    assert list(compared.times) == ['plain loop fp32', *most] == list(compared.memory) and list(compared.differences) == list(most)
+    assert all(compared.differences[name] < most[name] for name in most)
 
 
 def test_a_flow_of_the_benchmark_learns_what_the_stage_learns():
@@ -188,7 +190,7 @@ def test_a_whole_benchmark_of_the_small_size():
     assert found['sampling'][0]['version'] == 'straightforward fp32' and float(found['sampling'][1]['relative difference']) < 1e-4
     assert [row['stage'] for row in found['stages'][:5]] == [*evaluations(2), 'whole picture']
     assert {row['precision'] for row in found['stages']} == {row['version'].split()[-1] for row in found['sampling']}
-    assert [row['stage'] for row in found['training']] == [stage for stage in stages for _ in range(2)] and 'compile' not in found
+    assert [row['stage'] for row in found['training']] == [stage for stage in stages for _ in range(2 + cpu_has_bf16())] and 'compile' not in found
     for row in found['training']:
         samples = 1 if row['stage'] == 'tokenizer' else 4
         assert row['samples'] == samples and row['tokens a second'] == pytest.approx(16 * samples / row['seconds'])
@@ -241,7 +243,8 @@ def test_command_line(tmp_path):
     assert bad.returncode == 1 and bad.stderr == 'steps must be at least 1, got 0.\n'
     done = run('--scale', 'tiny', '--batch-size', '2', '--steps', '2', '--repeats', '1', '--train', '4', '--out', str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {f'{name}.{kind}' for name in ('sampling', 'stages', 'training') for kind in ('csv', 'md')}
+    assert {path.name for path in tmp_path.iterdir()} == {f'{name}.{kind}' for name in ('sampling', 'stages', 'training') for kind in ('csv', 'md')} | {'result.json'}
+    assert read_record(tmp_path).label() == 'tiny, reduced, stand-in random weights'
     assert all(word in done.stdout for word in ('straightforward', 'whole picture', 'MB more', 'tokens a second', *stages))
     with open(tmp_path / 'training.csv', newline='') as file:
         assert all(float(row['share of ceiling']) > 0 and row['MB more'] for row in csv.DictReader(file))
