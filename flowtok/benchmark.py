@@ -150,13 +150,13 @@ def picture_scores(
     size: int = 0,  # as for `read_pictures`
     bootstraps: int = 20,  # draws for the interval; 0 for none
     progress: Callable = iter,
-) -> dict[str, dict]:  # way to resize -> fid, low, high, n (generated), reference (pictures)
+) -> dict[str, dict]:  # way to resize -> fid, low, high, interval (what was drawn for it), n (generated), reference (pictures)
     "FID both ways."
     found = {}
     for resize, extractor in extractors.items():
-        mean, cov, n, _ = reference_statistics(cache, name, extractor, lambda: read_pictures(progress(files), size))
+        reference = reference_statistics(cache, name, extractor, lambda: read_pictures(progress(files), size))
         rows = made.rows[resize]
-        found[resize] = fid_interval(rows, mean, cov, bootstraps) | {'n': len(rows), 'reference': n}
+        found[resize] = fid_interval(rows, reference, bootstraps) | {'n': len(rows), 'reference': reference.n}
     return found
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unet', 'sdxl', 'pixart', 'peers', 'Peer', 'shrink', 'Timed', 'count', 'vae', 'build_flow', 'build_denoiser',
-           'build_peer', 'shortest', 'speed_of']
+           'build_peer', 'random_pipeline', 'ready', 'shortest', 'speed_of', 'pipeline_speeds']
 
 # %% ../nbs/19_peers.ipynb #aaa4ed30
 import time
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .config import FlowConfig, FlowTokConfig, preset
 from .model import FlowTok
+from .pipeline import FlowTokPipeline
 from .tokenizer import ImageTokenizer
 from .twins import Source2d, crossflow
 
@@ -141,6 +142,23 @@ def build_peer(
     dtype, size = torch.float32 if device == 'cpu' else torch.float16, shrink(peer.size) if small else peer.size
     return (build_flow if isinstance(size, FlowTokConfig) else build_denoiser)(size, device, dtype, small)
 
+# %% ../nbs/19_peers.ipynb #df462936
+def random_pipeline(
+    config: FlowTokConfig,
+    device: str = 'cpu',
+) -> FlowTokPipeline:
+    "A text-to-image pipeline with random weights, its blocks in fp16 on a GPU."
+    pipe = FlowTokPipeline(config, tokenizer=ImageTokenizer(config), text_to_image=FlowTok(config)).to(device)
+    return ready(pipe, device)
+
+
+def ready(
+    pipe: FlowTokPipeline,
+    device: str,
+) -> FlowTokPipeline:  # itself
+    "In the precision that a device is timed in: fp16 blocks on a GPU."
+    return pipe if device == 'cpu' else pipe.optimize('fp16')
+
 # %% ../nbs/19_peers.ipynb #8bfa16b0
 @torch.no_grad()
 def shortest(
@@ -174,3 +192,16 @@ def speed_of(
     step = shortest(timed.evaluate, batch_size * (1 if guidance == 1 else 2), repeats)
     decoding = shortest(timed.decode, batch_size, repeats)
     return {'images/s': batch_size / (steps * step + decoding), 'evaluation (s)': step, 'decoding (s)': decoding}
+
+
+def pipeline_speeds(
+    pipe: FlowTokPipeline,
+    prompts: list[str],  # one a picture, all drawn at once
+    steps: int,
+    guidances: tuple[float, ...],
+    repeats: int = 3,
+) -> dict[float, float]:  # guidance -> images/s
+    "Pictures a second from prompt to pixels."
+    def draw(b, guidance): return pipe(prompts[:b], steps, guidance, output_type='pt', batch_size=b)
+    n = len(prompts)
+    return {guidance: n / shortest(lambda b: draw(b, guidance), n, repeats) for guidance in guidances}

@@ -67,6 +67,7 @@ def test_scores_of_a_model(tmp_path):
     fid = picture_scores(made, extractors, files, cache=tmp_path / 'kept', name='all', bootstraps=3)
     part = picture_scores(group_of(made, [0, 5, 9]), extractors, files[:6], cache=tmp_path / 'kept', name='part', bootstraps=0)
     assert fid['tf']['n'] == 20 and fid['tf']['reference'] == 20 and part['clean']['n'] == 3 and part['clean']['low'] is None
+    assert fid['tf']['interval'] == 'generated and reference pictures drawn' and part['clean']['interval'] == ''
     found = summary(made, pipe, fid)
     assert found['method'] == 'FlowTok-tiny' and found['clip_score']['low'] <= found['clip_score']['mean'] and found['n'] == 20
 

@@ -1,4 +1,5 @@
 "Peers: built small where their package is, refused with a cure where it is not, and timed by what a picture costs."
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -42,3 +43,23 @@ def test_a_picture_costs_its_steps_and_one_decoding(monkeypatch):
 
 def test_the_papers_sizes_are_the_presets():
     assert [peers.peers[f'FlowTok-{scale.upper()}'].size for scale in ('xl', 'h')] == [preset('xl'), preset('h')]
+
+
+def test_the_pipeline_is_timed_from_prompt_to_picture(monkeypatch):
+    pipe = peers.random_pipeline(preset('tiny'))
+    assert peers.ready(pipe, 'cpu') is pipe and {p.dtype for p in pipe.text_to_image.parameters()} == {torch.float32}
+    shapes = []
+
+    def clock(work, b, repeats):
+        shapes.append(tuple(work(b).shape))
+        return .5
+    monkeypatch.setattr(peers, 'shortest', clock)
+    assert peers.pipeline_speeds(pipe, ['a red star'] * 3, 2, (1., 2.)) == {1.: 6., 2.: 6.} and shapes == [(3, 3, 64, 64)] * 2
+    peers.ready(pipe, 'cuda')                                                    # precision alone: nothing is moved
+    assert torch.float16 in {p.dtype for p in pipe.text_to_image.parameters()}
+
+
+def test_full_sizes_run_through_their_pipeline():
+    small = peers.shrink(preset('xl'))
+    pipe = peers.random_pipeline(replace(small, text=replace(small.text, width=preset('xl').text.width)))    # CLIP's tower has one width
+    assert peers.pipeline_speeds(pipe, ['a red star'], 1, (2.,), 1)[2.] > 0
