@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['CONTROLS', 'SCORES', 'accuracy_interval', 'scene_prompts', 'caption_kind', 'count_right', 'text_to_image_scores',
            'reconstruction_scores', 'image_to_text_scores', 'gaussian_statistics', 'matrix_factor', 'frechet_distance',
-           'random_conv_features', 'image_fid', 'psnr', 'missing_scores', 'split_words', 'score_captions',
-           'caption_scores']
+           'random_conv_features', 'image_fid', 'psnr', 'missing_scores', 'split_words', 'draws_interval',
+           'score_captions', 'caption_scores']
 
 # %% ../nbs/11_metrics.ipynb #1d286372
 import importlib.util
 import math
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
 
@@ -250,15 +251,34 @@ def split_words(
     return [' '.join(w for w in line.split() if w not in drop) for line in run.stdout.split('\n')[:len(lines)]], 'ptb'
 
 # %% ../nbs/11_metrics.ipynb #6104cbbf
+def draws_interval(
+    score: Callable,  # row numbers -> score
+    n: int,  # rows
+    draws: int = 200,
+) -> tuple[float, float]:  # ends of the middle 95%
+    "Between which values a score of all rows would lie with other rows: the bootstrap."
+    rng = np.random.default_rng(0)
+    low, high = np.percentile([score(rng.integers(n, size=n)) for _ in range(draws)], (2.5, 97.5))
+    return float(low), float(high)
+
+
 def score_captions(
     name: str,  # one of SCORES, available here
     references: dict[int, list[str]],  # picture -> its references, as `split_words` leaves them
     candidates: dict[int, list[str]],  # picture -> one caption in a list
-) -> float:  # percent
+) -> tuple[float, tuple[float, float] | None]:  # percent, and its 95% interval over draws of the pictures, None for METEOR
     "One score of pycocoevalcap over all pictures."
     if name == 'BLEU-4':
-        from pycocoevalcap.bleu.bleu import Bleu
-        return 100 * float(Bleu(4).compute_score(references, candidates, verbose=0)[0][3])
+        from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+        counted = BleuScorer(n=4)
+        for i, (candidate,) in candidates.items():
+            counted += (candidate, references[i])
+
+        def bleu(rows):
+            some = BleuScorer(n=4)
+            some.ctest, some.crefs = [counted.ctest[i] for i in rows], [counted.crefs[i] for i in rows]
+            return 100 * some.compute_score(option='closest', verbose=0)[0][3]
+        return float(bleu(range(len(candidates)))), draws_interval(bleu, len(candidates))
     if name == 'METEOR':
         from pycocoevalcap.meteor.meteor import Meteor as Scorer
     elif name == 'ROUGE-L':
@@ -267,14 +287,18 @@ def score_captions(
         from pycocoevalcap.cider.cider import Cider as Scorer
     else:
         from pycocoevalcap.spice.spice import Spice as Scorer
-    return 100 * float(Scorer().compute_score(references, candidates)[0])
+    score, each = Scorer().compute_score(references, candidates)
+    if name == 'METEOR':                                                         # its program pools counts over all pictures
+        return 100 * float(score), None
+    each = 100 * np.array([one['All']['f'] if name == 'SPICE' else one for one in each], float)
+    return 100 * float(score), draws_interval(lambda rows: each[rows].mean(), len(each))
 
 
 def caption_scores(
     candidates: list[str],  # one generated caption a picture
     references: list[list[str]],  # the references of each picture, usually five
     names: tuple[str, ...] = SCORES,  # the scores wanted; METEOR takes some ten seconds to start
-) -> dict:  # score -> percent or None; 'tokenizer': 'ptb', 'plain' or None; 'not_available': score -> reason
+) -> dict:  # score -> percent or None; 'intervals': score -> its 95% or None; 'tokenizer': 'ptb', 'plain' or None; 'not_available': score -> reason
     "Caption scores in percent; None where this machine lacks the program."
     if not set(names) <= set(SCORES):
         raise ValueError(f"names = {names} holds an unknown caption score: the scores are {', '.join(SCORES)}.")
@@ -282,7 +306,7 @@ def caption_scores(
         raise ValueError(f"{len(candidates)} captions and {len(references)} lists of references do not match: "
                          "each caption needs at least one reference.")
     missing = {name: reason for name, reason in missing_scores().items() if name in names}
-    values, tokenizer = dict.fromkeys(names), None
+    values, spans, tokenizer = dict.fromkeys(names), dict.fromkeys(names), None
     if len(missing) < len(names):
         words, tokenizer = split_words(candidates + [text for texts in references for text in texts])
         left = iter(words[len(candidates):])
@@ -290,7 +314,7 @@ def caption_scores(
         answer = {i: [text] for i, text in enumerate(words[:len(candidates)])}
     for name in (name for name in names if name not in missing):
         try:
-            values[name] = score_captions(name, truth, answer)
+            values[name], spans[name] = score_captions(name, truth, answer)
         except (OSError, ValueError, subprocess.CalledProcessError) as error:
             missing[name] = f'its Java program failed: {error}'
-    return {**values, 'tokenizer': tokenizer, 'not_available': missing}
+    return {**values, 'intervals': spans, 'tokenizer': tokenizer, 'not_available': missing}

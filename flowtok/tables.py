@@ -107,13 +107,16 @@ def from_captions(where: str, run: RunRecord) -> Iterable[Measured]:
     for one in run.metrics['sets']:
         for name in SCORE_NAMES:
             yield Measured(where, run, run.metrics['method'], name, f"{one['set']}, {one['references']} references",
-                           one['scores'][name], n=one['n'], why=one['not_available'].get(name, ''))
+                           one['scores'][name], *(one.get('intervals', {}).get(name) or (None, None)), n=one['n'], why=one['not_available'].get(name, ''))
 
 
 def from_speed(where: str, run: RunRecord) -> Iterable[Measured]:
     "What a record of speeds holds."
     for one in run.metrics['models']:
         yield Measured(where, run, one['method'], 'images/s', one['how'], one['images/s'], n=one['images'], why=one['why'])
+        if 'training samples/s' in one:
+            yield Measured(where, run, one['method'], 'training samples/s', 'network alone, forward and back', one['training samples/s'], n=one['images'],
+                           why='too little memory')
 
 
 def from_training(where: str, run: RunRecord) -> Iterable[Measured]:

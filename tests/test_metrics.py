@@ -102,7 +102,21 @@ def test_captions_agree_with_the_reference_program():
     tokens = PTBTokenizer().tokenize({i: [{'caption': text} for text in texts] for i, texts in enumerate(references)})
     expected = Bleu(4).compute_score(tokens, {i: [text] for i, text in enumerate(candidates)}, verbose=0)[0][3]
     assert scores['BLEU-4'] == pytest.approx(100 * expected)
-    assert set(scores) == {'BLEU-4', 'tokenizer', 'not_available'}
+    assert set(scores) == {'BLEU-4', 'intervals', 'tokenizer', 'not_available'}
+
+
+def test_intervals_hold_the_score_and_are_of_the_pictures_drawn():
+    pytest.importorskip('pycocoevalcap')
+    said = [f'a {colour} {shape} on a wide grey ground' for colour in ('red', 'green', 'blue') for shape in ('star', 'ring', 'bar', 'cross')]
+    mixed = said[:6] + ['two dogs are playing in the snow now'] * 6
+    right, half = (metrics.caption_scores(texts, [[text] for text in said], ('BLEU-4', 'ROUGE-L', 'CIDEr')) for texts in (said, mixed))
+    for name in ('BLEU-4', 'ROUGE-L', 'CIDEr'):
+        (low, high), (least, most) = half['intervals'][name], right['intervals'][name]
+        assert low < half[name] < high and most - least < high - low, name
+    assert right['intervals']['BLEU-4'] == pytest.approx((100, 100))
+    assert metrics.draws_interval(lambda rows: rows.mean(), 101) == metrics.draws_interval(lambda rows: rows.mean(), 101)
+    low, high = metrics.draws_interval(lambda rows: np.arange(100)[rows].mean(), 100, draws=2000)
+    assert high - low == pytest.approx(2 * 1.96 * np.arange(100).std() / 10, rel=.1)
 
 
 def test_empty_captions_are_scored_not_lost():

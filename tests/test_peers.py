@@ -17,6 +17,8 @@ def test_small_editions_run(name):
     if peer.needs and find_spec(peer.needs) is None:
         pytest.skip(f'needs {peer.needs}')
     timed = peers.build_peer(peer, small=True)
+    learned = timed.learn(2)
+    assert learned.isfinite() and not learned.requires_grad
     with torch.no_grad():
         assert timed.decode(2).shape == (2, 3, 256, 256) and len(timed.evaluate(3)) == 3
     assert timed.params < 5e6
@@ -39,6 +41,15 @@ def test_a_picture_costs_its_steps_and_one_decoding(monkeypatch):
     timed = peers.Timed(0, 'evaluate', 'decode')
     assert peers.speed_of(timed, 20, 1., 6) == {'images/s': 6 / 12, 'evaluation (s)': .5, 'decoding (s)': 2.}
     assert peers.speed_of(timed, 20, 7.5, 6)['images/s'] == 6 / 12 and sizes == [6, 6, 12, 6]
+
+
+def test_a_training_step_goes_back_and_leaves_nothing():
+    network = torch.nn.Linear(2, 1)
+    seen = []
+    network.weight.register_hook(lambda grad: seen.append(1))
+    learn = peers.learning(network, lambda b: network(torch.ones(b, 2)))
+    found = peers.speed_of(peers.Timed(0, lambda b: network(torch.ones(b, 2)), lambda b: torch.ones(b), learn), 2, 1., 3, 1)
+    assert found['training samples/s'] > 0 and len(seen) == 2 and network.weight.grad is None
 
 
 def test_the_papers_sizes_are_the_presets():
