@@ -36,7 +36,7 @@ from .paper import SOURCES, TABLE_2
 from .results import RunRecord, record, write_record, write_table
 from .stages import FlowStage, Run, Stage, stage_classes
 from .tokenizer import ImageTokenizer
-from .train import Ema, cpu_has_bf16, make_optimizers, take_step
+from .step import Ema, cpu_has_bf16, make_optimizers, take_step
 
 # %% ../nbs/14b_bench.ipynb #1d33308e
 @dataclass(frozen=True)

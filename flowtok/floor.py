@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .config import FlowTokConfig
 from .layers import linear
-from .train import cpu_has_bf16
+from .step import cpu_has_bf16
 
 # %% ../nbs/14_floor.ipynb #90cde385
 @dataclass(frozen=True)

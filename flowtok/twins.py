@@ -23,7 +23,7 @@ from .layers import DiagonalGaussian, FinalLayer, ModulatedBlock, TimeEmbedding,
 from .model import DiT, FlowTok
 from .objective import ObjectiveConfig, text_to_image_terms, total
 from .text import AlignmentMLP, TextProjector
-from .train import Ema, cpu_has_bf16, make_optimizers, rate_factor, seed_of
+from .step import Ema, cpu_has_bf16, make_optimizers, rate_factor, seed_of
 
 # %% ../nbs/17_twins.ipynb #08864ea7
 class CrossAttention(nn.Module):

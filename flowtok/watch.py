@@ -19,7 +19,7 @@ import torch
 
 from .config import to_json
 from .stages import Run
-from .train import progress_line
+from .journal import progress_line
 
 # %% ../nbs/09a_watch.ipynb #4cbccc66
 def default_processes(run: Run) -> int:

@@ -20,7 +20,7 @@ from flowtok.objective import total
 from flowtok.pipeline import FlowTokPipeline
 from flowtok.plain import make_noise, plain_generate, plain_velocity, relative
 from flowtok.results import read_record
-from flowtok.train import cpu_has_bf16
+from flowtok.step import cpu_has_bf16
 
 
 def shrunken(name):

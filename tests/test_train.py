@@ -19,17 +19,19 @@ from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flowtok import step as stepping
 from flowtok import train as engine
 from flowtok.config import from_json, preset, recipe, stages, to_json
 from flowtok.flow import Share
+from flowtok.journal import Log, Stopped, checkpoints, newest_state, save_checkpoint, save_state
 from flowtok.model import load_weights
 from flowtok.pipeline import FlowTokPipeline
 from flowtok.scenes import write_shards
 from flowtok.stages import Run, change_recipe, plan
+from flowtok.step import Critics, Ema, make_optimizers, rate_factor, take_step
 from flowtok.text import TextAutoencoder
 from flowtok.tokenizer import ImageTokenizer
-from flowtok.train import (Ema, Log, Stopped, cache_tokens, checkpoints, make_optimizers, newest_state, rate_factor,
-                           save_checkpoint, save_state, train)
+from flowtok.train import cache_tokens, train
 from flowtok.watch import launch, training_seconds, watch
 
 
@@ -267,7 +269,7 @@ def test_parts_of_a_batch_add_up():
         stage, accelerator = Line(parts), Accelerator(cpu=True)
         model, optimizer = accelerator.prepare(stage, torch.optim.SGD(stage.trained.parameters(), .1))
         before = stage.trained.weight.detach().clone()
-        engine.take_step(accelerator, model, stage, [optimizer], (x, y), Share(), 1.)
+        take_step(accelerator, model, stage, [optimizer], (x, y), Share(), 1.)
         ends.append(stage.trained.weight.detach())
         AcceleratorState._reset_state(reset_partial_state=False)
         assert (ends[-1] - before).abs().max() > 1e-3
@@ -277,14 +279,14 @@ def test_parts_of_a_batch_add_up():
 @pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
 @pytest.mark.parametrize('every, told', [(1, [0, 0, 1, 2, 2, 2]), (6, [0, 1, 2])])
 def test_a_step_without_finite_gradients_is_skipped_and_counted(every, told, optimizer, shards, tmp_path, monkeypatch):
-    run, real, calls = short('text', shards, tmp_path, steps=6, optimizer=optimizer), engine.total, []
+    run, real, calls = short('text', shards, tmp_path, steps=6, optimizer=optimizer), stepping.total, []
     run = replace(run, log_every=every)
 
     def total(terms, weights):
         calls.append(1)
         return real(terms, weights) * (float('nan') if len(calls) in (3, 4) else 1.)
 
-    monkeypatch.setattr(engine, 'total', total)
+    monkeypatch.setattr(stepping, 'total', total)
     train(run)
     lines = [json.loads(line) for line in (run.folder / 'log.jsonl').read_text().splitlines()]
     assert [line.get('skipped', 0) for line in lines if 'seconds' in line] == told
@@ -333,25 +335,25 @@ def test_no_step_waits_for_the_device(stage, shards, tmp_path):
     accelerator, learner = engine.begin(run)
     optimizers = make_optimizers(learner.trained, run.recipe)
     model, *optimizers = accelerator.prepare(learner, *optimizers)
-    critics, ema = engine.Critics(run, learner, accelerator, None) if critics else None, Ema(learner.trained, .9)
+    critics, ema = Critics(run, learner, accelerator, None) if critics else None, Ema(learner.trained, .9)
     assert critics is None or critics.of.active(0)
     batch, share = next(engine.Batches(run, learner, accelerator.device)), Share(torch.Generator(), host=torch.Generator())
     with Waits(share.host) as waits:
         for step in range(2):
-            terms = engine.take_step(accelerator, model, learner, optimizers, batch, share, 1., critics, step)
+            terms = take_step(accelerator, model, learner, optimizers, batch, share, 1., critics, step)
             ema.update(step)
     AcceleratorState._reset_state(reset_partial_state=False)
     assert terms['loss'].isfinite() and not terms['broken'] and not waits.found
 
 
 def test_a_broken_step_leaves_the_critics_alone(shards, tmp_path, monkeypatch):
-    run, real, calls = short('tokenizer', shards, tmp_path, steps=5, gan_weight=.1, gan_learning_rate=1e-4), engine.total, []
+    run, real, calls = short('tokenizer', shards, tmp_path, steps=5, gan_weight=.1, gan_learning_rate=1e-4), stepping.total, []
 
     def total(terms, weights):
         calls.append('adversarial' in terms)
         return real(terms, weights) * (float('nan') if calls.count(True) == 3 else 1.)
 
-    monkeypatch.setattr(engine, 'total', total)
+    monkeypatch.setattr(stepping, 'total', total)
     states = []
     monkeypatch.setattr(engine, 'save_checkpoint', lambda run, **state: states.append(copy.deepcopy(state['critics'])))
     train(replace(run, save_every=1))
@@ -362,13 +364,13 @@ def test_a_broken_step_leaves_the_critics_alone(shards, tmp_path, monkeypatch):
 
 
 def test_steps_that_all_fail_end_the_run_and_keep_the_checkpoint(shards, tmp_path, monkeypatch):
-    run, real, calls = short('text', shards, tmp_path, steps=40), engine.total, []
+    run, real, calls = short('text', shards, tmp_path, steps=40), stepping.total, []
 
     def total(terms, weights):
         calls.append(1)
         return real(terms, weights) * (float('nan') if len(calls) > 4 else 1.)
 
-    monkeypatch.setattr(engine, 'total', total)
+    monkeypatch.setattr(stepping, 'total', total)
     with pytest.raises(FloatingPointError, match='10 steps in a row.*The last good checkpoint is .*pt'):
         train(run)
     assert all(x.isfinite().all() for x in newest_state(run)['weights'].values())
@@ -487,8 +489,8 @@ def test_first_stage_missing_says_what_to_do(shards, tmp_path):
 def test_the_tokenizer_has_critics_and_says_which_are_missing(shards, tmp_path, monkeypatch):
     "A discriminator from the third step on, no files of perceptual networks; stopped and resumed to the same weights."
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
-    real = engine.TokenizerCritics
-    monkeypatch.setattr(engine, 'TokenizerCritics', lambda *words: real(*words, width=8, depth=2))
+    real = stepping.TokenizerCritics
+    monkeypatch.setattr(stepping, 'TokenizerCritics', lambda *words: real(*words, width=8, depth=2))
     critical = dict(steps=5, perceptual_weight=1.1, convnext_share=.1, gan_weight=.1, gan_start=2, gan_learning_rate=1e-3, lecam_weight=1e-3)
     whole, parts = (short('tokenizer', shards, tmp_path / name, **critical) for name in ('whole', 'parts'))
     train(whole)

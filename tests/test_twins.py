@@ -10,8 +10,8 @@ from flowtok.config import preset, recipe
 from flowtok.flow import Share, sample
 from flowtok.model import FlowTok
 from flowtok.objective import ObjectiveConfig, text_to_image_terms
+from flowtok.step import cpu_has_bf16
 from flowtok.tokenizer import ImageTokenizer
-from flowtok.train import cpu_has_bf16
 
 tiny = preset('tiny')
 configs = {kind: twins.grid_config(tiny) if kind == 'source 2d' else tiny for kind in twins.KINDS}
