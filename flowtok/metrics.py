@@ -57,7 +57,7 @@ def caption_kind(
     text: str,  # a caption of the scenes
 ) -> str:
     "What a caption leaves to be made up, or else how many things it names."
-    from flowtok.scenes import parse
+    from flowtok.reader import parse
     claims = parse(text)
     if claims.relation:
         return 'a relation, no places'
@@ -74,7 +74,7 @@ def count_right(
 ) -> int:
     "How many pictures show what their caption says."
     from flowtok.data import to_pixels
-    from flowtok.scenes import shows
+    from flowtok.reader import shows
     return sum(shows(pixels, prompt) for pixels, prompt in zip(to_pixels(images), prompts, strict=True))
 
 
@@ -127,7 +127,8 @@ def image_to_text_scores(
 ) -> dict[str, int]:  # 'equivalent' and 'exact' -> captions
     "Captions that are true of their scene, and those that are word for word one of its five, out of `n`."
     from flowtok.data import to_images
-    from flowtok.scenes import is_true, render
+    from flowtok.reader import is_true
+    from flowtok.scenes import render
     scenes, references = scene_prompts(split, n, start, anywhere)
     size = pipe.config.tokenizer.image_size
     found = pipe.caption(to_images(np.stack([render(scene, size) for scene in scenes])), **how)

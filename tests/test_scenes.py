@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowtok import config, scenes
-from flowtok.scenes import (COLOURS, COLUMNS, HELD_OUT, ROWS, SHAPES, SIZES, SPLITS, WORDS, Scene, Thing, agrees,
-                            captions, draw_scene, is_at, is_true, parse, place_words, plain_caption, read, relation,
-                            render, shows, texture_pattern, write_shards)
+from flowtok import config, reader, scenes
+from flowtok.reader import agrees, is_true, parse, read, shows
+from flowtok.scenes import (COLOURS, COLUMNS, HELD_OUT, ROWS, SHAPES, SIZES, SPLITS, WORDS, Scene, Thing, captions,
+                            draw_scene, is_at, place_words, plain_caption, relation, render, texture_pattern, write_shards)
 
 red_star = Thing('star', 'red', 'large', SIZES['large'], .2, (.9, .1, .1))
 
@@ -94,7 +94,7 @@ def test_large_pictures_are_the_small_ones_in_detail(seed):
 @pytest.mark.parametrize('shape', SHAPES)
 def test_areas_are_what_the_reader_believes(shape):
     a, _ = scenes.coverage(replace(red_star, shape=shape, radius=.3), 512)
-    assert a.sum() / 512**2 / .3**2 == pytest.approx(scenes.AREA[shape], rel=.01)
+    assert a.sum() / 512**2 / .3**2 == pytest.approx(reader.AREA[shape], rel=.01)
 
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -327,7 +327,7 @@ def test_half_a_thing_is_never_right(shape):
 
 def test_drawn_things_stay_far_below_the_allowed_error():
     errors = [o.error for split in SPLITS for seed in range(60) for o in read(render(draw_scene(seed, split))).things]
-    assert max(errors) < .16 < .3 == scenes.MAX_ERROR
+    assert max(errors) < .16 < .3 == reader.MAX_ERROR
 
 
 def test_colours_that_cancel_are_unclear_without_a_warning():
@@ -338,7 +338,7 @@ def test_colours_that_cancel_are_unclear_without_a_warning():
         warnings.simplefilter('error')
         assert never_right(image)
         assert [o.shape for o in read(image).things] == ['unclear']
-        assert scenes.read_thing(chroma, chroma.any(-1)).shape == 'unclear'  # nothing is left of them
+        assert reader.read_thing(chroma, chroma.any(-1)).shape == 'unclear'  # nothing is left of them
 
 
 def test_one_thing_more_or_less_or_elsewhere_is_wrong():
