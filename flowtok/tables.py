@@ -193,7 +193,7 @@ def table_1() -> list[dict]:
 
 def table_5() -> list[dict]:
     "Training data: the counts beside the filters of the presets."
-    from flowtok.streams import paper_sources
+    from flowtok.sources import paper_sources
     rows = []
     for name, paper in TABLE_5.items():
         source = paper_sources[name]

@@ -31,7 +31,8 @@ from .journal import (Log, StopSign, Stopped, checkpoints, everywhere, newest_st
 from .model import load_weights, save_weights
 from .stages import Run, Stage, earlier_weights, plan, stage_classes, vocabulary_for, weights_file
 from .step import Critics, Ema, Noise, cpu_has_bf16, make_optimizers, rate_factor, take_step
-from .streams import find_sources, open_batches
+from .sources import find_sources
+from .streams import open_batches
 from .tokenizer import ImageTokenizer
 
 # %% ../nbs/09_train.ipynb #38a7e3d7

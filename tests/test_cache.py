@@ -1,4 +1,4 @@
-"""The token cache: what 08c_cache promises and its lessons do not show."""
+"""The token cache: what 08d_cache promises and its lessons do not show."""
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,8 @@ from made import picture, write
 
 from flowtok.cache import write_token_cache
 from flowtok.data import captions_of, decode_image, find_shards, read_moments, read_samples
-from flowtok.streams import NoSamples, Source, TokenReader, choose_caption, find_sources, open_batches
+from flowtok.sources import Source, TokenReader, choose_caption, find_sources
+from flowtok.streams import NoSamples, open_batches
 
 
 def encode(pixels):

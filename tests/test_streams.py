@@ -17,8 +17,9 @@ from made import picture, saved, write
 
 import flowtok.streams as streams
 from flowtok.data import MAX_CAPTION, Skip, captions_of, find_shards, read_samples, read_shard
-from flowtok.streams import (ImageReader, NoSamples, Source, TokenReader, check_filters, choose_caption, find_sources,
-                             mix, open_batches, paper_sources, shard_of_visit, use_sample)
+from flowtok.sources import (ImageReader, Source, TokenReader, check_filters, choose_caption, find_sources, paper_sources,
+                             use_sample)
+from flowtok.streams import NoSamples, mix, open_batches, shard_of_visit
 
 
 # sources ---------------------------------------------------------------------------------------------------
@@ -317,6 +318,7 @@ def test_few_good_samples_are_enough_also_after_a_break(tmp_path):
 def test_workers_ignore_the_signals_of_training_and_leave_with_it(folder):
     code = f'''
 import time
+from flowtok.sources import *
 from flowtok.streams import *
 run = open_batches([Source({str(folder)!r})], ImageReader(16), 4, workers=2)
 for _ in run:
@@ -346,7 +348,7 @@ def read_and_end(folder):
 @pytest.mark.parametrize('script', [False, True])
 def test_a_process_that_still_reads_can_end(script, folder):
     if script:
-        code = f'from flowtok.streams import *; r = open_batches([Source({str(folder)!r})], ImageReader(16), 4, workers=2); next(r)'
+        code = f'from flowtok.sources import *; from flowtok.streams import *; r = open_batches([Source({str(folder)!r})], ImageReader(16), 4, workers=2); next(r)'
         assert subprocess.run([sys.executable, '-c', code], timeout=60).returncode == 0
     else:
         process = multiprocessing.get_context('fork').Process(target=read_and_end, args=(str(folder),))
