@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flowtok.checkpoints import FLOWTOK_NAMES, rename
 from flowtok.config import FlowConfig, FlowTokConfig, TextConfig, TokenizerConfig, preset
 from flowtok.flow import exchange_targets, sample, time_grid
 from flowtok.layers import timestep_features
 from flowtok.model import DiT, FlowTok
 from flowtok.objective import ObjectiveConfig, alignment_loss, flow_matching_loss, released_kl_loss, total
-from flowtok.pretrained import FLOWTOK_NAMES, rename
 
 goldens = Path(__file__).parent / 'goldens' / 'flowtok_nano'
 

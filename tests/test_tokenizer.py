@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flowtok.checkpoints import rename, tokenizer_names
 from flowtok.config import FlowTokConfig, TextConfig, TokenizerConfig, preset
 from flowtok.layers import DiagonalGaussian, apply_rope
-from flowtok.pretrained import rename, tokenizer_names
 from flowtok.tokenizer import ImageTokenizer, anchored_coordinates, cell_means, cut_patches, join_patches
 
 goldens = Path(__file__).parent / 'goldens'
