@@ -53,6 +53,7 @@ class Run:
     resume: str = 'auto'  # 'auto': go on from the newest checkpoint; 'never': from the start
     workers: int = 0  # processes that read data, for each process that trains
     compile: bool = False  # torch.compile each block: minutes at the start, faster steps on a GPU
+    memory_budget: float = 1.  # with compile: share of the activations that is kept for the backward pass, in (0, 1]; the others are computed again
     tensorboard: bool = False  # also log for TensorBoard
 
     @property
@@ -114,7 +115,7 @@ def plan(
     changes: str = '',  # as `change_recipe`
     anchored: bool = True,  # tiny: whether each image token starts from its own part of the picture
     words: tuple = (),  # tiny: that its text encoder knows, as `vocabulary_for`; empty for those of the embedded scenes
-    **watching,  # seed, clip, init, keep, workers, compile, tensorboard of Run
+    **watching,  # seed, clip, init, keep, workers, compile, memory_budget, tensorboard of Run
 ) -> Run:
     "The run of a stage at a scale."
     if scale not in ('smoke', *presets):

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 
 from .cache import check_cache, holds_tokens, write_token_cache
 from .config import Recipe, from_json, phases, presets, stages, to_json
@@ -76,6 +77,9 @@ def begin(run: Run):  # accelerator, stage
     run.folder.mkdir(parents=True, exist_ok=True)
     if run.tensorboard and find_spec('tensorboard') is None:
         raise ValueError("TensorBoard is not installed: pip install tensorboard, or train without it.")
+    if not 0 < run.memory_budget <= 1 or run.memory_budget < 1 and not run.compile:
+        raise ValueError(f"memory_budget must be in (0, 1], and below 1 it needs compile: got {run.memory_budget} "
+                         f"with compile {run.compile}.")
     cpu = not torch.cuda.is_available()
     unused = DistributedDataParallelKwargs(                                # text dropped, terms of weight 0
         find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False)
@@ -94,6 +98,7 @@ def begin(run: Run):  # accelerator, stage
     if run.init and weights_file(run.init, run.stage).exists():
         load_weights(stage.trained, weights_file(run.init, run.stage))
     if run.compile:
+        functorch.activation_memory_budget = run.memory_budget
         for blocks in (m for m in stage.trained.modules() if isinstance(m, nn.ModuleList)):
             for block in blocks:
                 block.compile()
@@ -266,6 +271,7 @@ def parser() -> argparse.ArgumentParser:
     for name, what in (('clip', "weights of CLIP's text tower: openai, or a file"), ('init', 'folder of a training to start from')):
         p.add_argument(f'--{name}', default='', help=what)
     p.add_argument('--resume', default='auto', choices=('auto', 'never'), help='go on from the newest checkpoint')
+    p.add_argument('--memory-budget', type=float, default=1., help='with --compile: share of the activations to keep, in (0, 1]')
     for name in ('compile', 'tensorboard'):
         p.add_argument(f'--{name}', action='store_true', help=f'switch {name} on')
     values = p.add_argument_group("values of the recipe, where they are to differ from the scale's")
@@ -282,7 +288,7 @@ def runs_of(given: argparse.Namespace) -> list[Run]:
     changes = ' '.join([given.changes] + [f"{name[7:]}={x}" for name, x in values.items() if name.startswith('recipe.') and x])
     small, own = given.scale in ('smoke', 'tiny'), given.data != 'scenes'
     words = vocabulary_for(given.data, given.out, given.init) if small and own else ()
-    names = ('clip', 'init', 'seed', 'keep', 'workers', 'compile', 'tensorboard', 'resume')
+    names = ('clip', 'init', 'seed', 'keep', 'workers', 'compile', 'memory_budget', 'tensorboard', 'resume')
     return [plan(stage, given.scale, given.data, given.out, phase=given.recipe, steps=given.steps, longer=given.longer,
                  batch_size=given.batch_size, changes=changes, words=words, **{name: values[name] for name in names})
             for stage in (stages if given.stage == 'all' else (given.stage,))]

@@ -12,7 +12,7 @@ from flowtok.config import preset, stages
 from flowtok.pipeline import FlowTokPipeline
 from flowtok.results import read_record
 
-smoke = {'train': {'anywhere': 1}, 'cluster': {'seconds': .1, 'samples': 500}, 'quickstart': {'steps': 4, 'samples': 32, 'num_inference_steps': 2},
+smoke = {'train': {'anywhere': 1}, 'cluster': {'seconds': .1, 'samples': 500, 'scale': 'tiny', 'budgets': '0.5'}, 'quickstart': {'steps': 4, 'samples': 32, 'num_inference_steps': 2},
          'solvers': {'n': 4, 'most': 3, 'fine': 6},
          'speed': {'scale': 'tiny', 'batch_size': 3, 'steps': 2, 'repeats': 1, 'train': 4, 'most_images': 2, 'most_steps': 2, 'seconds': .1, 'compile': False},
          'benchmark_coco': {'n': 12, 'num_inference_steps': 2, 'bootstraps': 2}, 'benchmark_mjhq': {'n': 20, 'num_inference_steps': 2, 'bootstraps': 2},

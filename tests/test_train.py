@@ -3,6 +3,7 @@ import copy
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -261,6 +262,21 @@ class Line(nn.Module):
         self.run = plan('text', changes=f'accumulate={parts} optimizer=adamw precision=fp32')
 
     def forward(self, x, y, share): return {'fit': (self.trained(x) - y).square().mean(1)}
+
+
+@pytest.mark.skipif(not (shutil.which('g++') or os.environ.get('CXX')), reason='no C++ compiler here')
+def test_compiled_blocks_learn_the_same_within_a_memory_budget(shards, tmp_path):
+    lines = {}
+    for name, how in {'plain': {}, 'compiled': dict(compile=True, memory_budget=.5)}.items():
+        run = replace(short('text', shards, tmp_path / name, steps=2, precision='fp32', optimizer='adamw'), **how)
+        train(run, lambda line: lines.setdefault(name, []).append(line['loss']))
+    assert lines['compiled'] == pytest.approx(lines['plain'], rel=1e-4) and len(lines['plain']) == 2
+
+
+@pytest.mark.parametrize('how', [dict(compile=True, memory_budget=0.), dict(compile=True, memory_budget=1.5), dict(memory_budget=.5)])
+def test_a_memory_budget_that_means_nothing_is_refused(how, shards, tmp_path):
+    with pytest.raises(ValueError, match='memory_budget must be in'):
+        train(replace(short('text', shards, tmp_path), **how))
 
 
 def test_parts_of_a_batch_add_up():
