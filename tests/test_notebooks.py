@@ -1,5 +1,7 @@
 """Every run notebook at smoke size, through papermill, as a user starts it."""
+import os
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +14,7 @@ from flowtok.config import preset, stages
 from flowtok.pipeline import FlowTokPipeline
 from flowtok.results import read_record
 
-smoke = {'train': {'anywhere': 1}, 'cluster': {'seconds': .1, 'samples': 500, 'scale': 'tiny', 'budgets': '0.5'}, 'quickstart': {'steps': 4, 'samples': 32, 'num_inference_steps': 2},
+smoke = {'train': {'anywhere': 1}, 'cluster': {'seconds': .1, 'samples': 500, 'scale': 'tiny', 'budgets': ''}, 'quickstart': {'steps': 4, 'samples': 32, 'num_inference_steps': 2},
          'solvers': {'n': 4, 'most': 3, 'fine': 6},
          'speed': {'scale': 'tiny', 'batch_size': 3, 'steps': 2, 'repeats': 1, 'train': 4, 'most_images': 2, 'most_steps': 2, 'seconds': .1, 'compile': False},
          'benchmark_coco': {'n': 12, 'num_inference_steps': 2, 'bootstraps': 2}, 'benchmark_mjhq': {'n': 20, 'num_inference_steps': 2, 'bootstraps': 2},
@@ -82,3 +84,12 @@ def test_a_paper_size_trains_draws_and_captions(scale, tmp_path):
     assert pipe.parts.keys() == set(stages) and pipe.config == preset(scale)
     picture, = pipe('a red star', num_inference_steps=2, generator=torch.Generator().manual_seed(0))
     assert picture.size == (256, 256) and isinstance(pipe.caption(picture, num_inference_steps=2)[0], str)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which('g++') or os.environ.get('CXX')), reason='no C++ compiler here')
+def test_less_is_kept_within_a_smaller_memory_budget(tmp_path):
+    done = papermill('cluster', tmp_path, '-p', 'seconds', '.1', '-p', 'samples', '500', '-p', 'scale', 'tiny', '-p', 'budgets', '1 0.5')
+    assert done.returncode == 0, done.stderr[-3000:]
+    plain, whole, half = (row['GB kept'] for row in read_record(tmp_path).metrics['gpu_memory'])
+    assert plain > whole > 1.5 * half > 0
