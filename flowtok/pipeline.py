@@ -26,7 +26,7 @@ from .config import FlowTokConfig, from_json, stages, to_json
 from .data import fit_image, to_images, to_pixels
 from .flow import sample
 from .layers import Linear
-from .model import FlowTok, Velocity, load_weights, save_weights
+from .model import FlowTok, Velocity, direction_config, load_weights, save_weights
 from .text import TextAutoencoder, text_encoder
 from .tokenizer import ImageTokenizer
 
@@ -93,7 +93,7 @@ def from_pretrained(
     folder = find_pipeline(embedded_weights() if name is None else name)
     config = from_json((folder / 'config.json').read_text())
     files = {stage: folder / f'{stage}.safetensors' for stage in PARTS}
-    parts = {stage.replace('-', '_'): load_weights(PARTS[stage](config), file) for stage, file in files.items() if file.exists()}
+    parts = {stage.replace('-', '_'): load_weights(PARTS[stage](direction_config(config, stage)), file) for stage, file in files.items() if file.exists()}
     return cls(config, clip, **parts)
 
 

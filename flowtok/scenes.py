@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'HUES', 'COLOURS', 'SIZES', 'TONES', 'TEXTURES', 'REACH', 'TILT', 'PERIOD', 'SPLITS', 'PAIRS', 'HELD_OUT',
-           'MIDDLES', 'STRAY', 'FIELD', 'FACING', 'ROWS', 'COLUMNS', 'CUTS', 'RELATIONS', 'WORDS', 'VERSION',
-           'ENCODINGS', 'Thing', 'Scene', 'shape_distance', 'coverage', 'texture_pattern', 'whole_number', 'render',
-           'random_numbers', 'paint', 'draw_thing', 'draw_cells', 'place', 'draw_scene', 'place_words', 'is_at',
-           'relation', 'facing', 'noun', 'reading_order', 'plain_caption', 'loose_caption', 'captions', 'shard_sample',
-           'write_shard', 'claim_folder', 'write_shards']
+           'MIDDLES', 'STRAY', 'FIELD', 'FACING', 'ALIKE', 'ROWS', 'COLUMNS', 'CUTS', 'RELATIONS', 'PLACES', 'WORDS',
+           'VERSION', 'ENCODINGS', 'Thing', 'Scene', 'shape_distance', 'coverage', 'texture_pattern', 'whole_number',
+           'render', 'random_numbers', 'paint', 'draw_thing', 'draw_cells', 'place', 'draw_scene', 'place_words',
+           'is_at', 'relation', 'facing', 'noun', 'plural', 'two_alike', 'reading_order', 'plain_caption',
+           'loose_caption', 'captions', 'shard_sample', 'write_shard', 'claim_folder', 'write_shards']
 
 # %% ../nbs/07_scenes.ipynb #9c41c3ee
 import colorsys
@@ -168,6 +168,7 @@ def draw_thing(pairs: list, rng: np.random.Generator) -> Thing:
 MIDDLES, STRAY = (.24, .5, .76), .03  # of the three rows and columns, and how far from them a thing may lie
 FIELD = .13  # how far where things lie anywhere: the fields meet
 FACING = .15  # share of the pairs that face each other across the middle
+ALIKE = .2  # share of the pairs that are of one shape and colour
 
 
 def draw_cells(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -179,10 +180,15 @@ def draw_cells(n: int, rng: np.random.Generator) -> np.ndarray:
     return cells
 
 
-def place(things: list, rng: np.random.Generator, stray: float = STRAY) -> tuple | None:
-    "The things at places where none comes near another or the border, or None where no room was found."
+def place(
+    things: list,  # of Thing
+    rng: np.random.Generator,
+    stray: float = STRAY,  # how far from the middle of its cell a thing may lie
+    cells: np.ndarray | None = None,  # column and row of each thing, (n, 2); None: drawn
+) -> tuple | None:  # of Thing, or None where no room was found
+    "The things at places where none comes near another or the border."
     placed = []
-    for thing, cell in zip(things, draw_cells(len(things), rng)):
+    for thing, cell in zip(things, draw_cells(len(things), rng) if cells is None else cells):
         reach, middle = thing.radius * REACH[thing.shape] + .01, np.array(MIDDLES)[cell]
         x, y = rng.uniform(np.maximum(middle - stray, reach), np.minimum(middle + stray, 1 - reach)).tolist()
         if any(math.hypot(x - o.x, y - o.y) <= reach + o.radius * REACH[o.shape] + .04 for o in placed):
@@ -204,13 +210,16 @@ def draw_scene(
     pairs = [pair for pair in PAIRS if split == 'held_out' or pair not in HELD_OUT]
     rare = sorted(HELD_OUT)
     n = int(rng.choice([1, 2, 3], p=[.45, .4, .15]))
+    alike = n == 2 and rng.random() < ALIKE
     while True:
         things = [draw_thing(pairs, rng) for _ in range(n)]
         if split == 'held_out':
-            i = int(rng.integers(n))
+            i = 0 if alike else int(rng.integers(n))
             things[i] = replace(things[i], **paint(*rare[rng.integers(len(rare))], rng))
+        if alike:
+            things[1] = replace(things[1], **paint(things[0].shape, things[0].colour, rng))
         things = place(things, rng, stray)
-        if things and len({(o.shape, o.colour) for o in things}) == n:
+        if things and len({(o.shape, o.colour) for o in things}) == (1 if alike else n):
             break
     tone = str(rng.choice(list(TONES)))
     texture = str(rng.choice(TEXTURES, p=[.7, .1, .1, .1]))
@@ -235,10 +244,11 @@ def place_words(
 
 def is_at(
     thing: Thing,  # or anything with x and y
-    words: tuple[str, str],  # one of ROWS, one of COLUMNS
+    words: tuple,  # one of ROWS, one of COLUMNS; None for either that is not named
 ) -> bool:  # also where it is at most 0.04 beyond the cut
     "Whether a thing is where the words say."
-    return any(place_words(thing, dx, dy) == words for dx in (-.04, .04) for dy in (-.04, .04))
+    corners = (place_words(thing, dx, dy) for dx in (-.04, .04) for dy in (-.04, .04))
+    return any(all(word in (None, own) for word, own in zip(words, corner)) for corner in corners)
 
 # %% ../nbs/07_scenes.ipynb #4229f2e9
 RELATIONS = {'left of': (-1, 0), 'right of': (1, 0), 'above': (0, -1), 'below': (0, 1)}  # direction in x and y
@@ -266,17 +276,36 @@ def facing(
     return abs(a.x + b.x - 1) < .15 and abs(a.y + b.y - 1) < .15
 
 
+PLACES = {'both': slice(0, 2), 'row': slice(0, 1), 'column': slice(1, 2), 'none': slice(0, 0)}  # which place words are used
+
+
 def noun(
     thing: Thing,
     size: bool = False,  # name the size
-    colour: bool = True,  # name the colour, else say 'coloured'
-    shape: bool = True,  # name the shape, else say 'shape'
-    place: bool = True,  # say where it is
+    colour: bool = True,  # name the colour, else 'coloured'
+    shape: bool = True,  # name the shape, else 'shape'
+    place: str = 'both',  # which of the place words, one of PLACES
+    article: bool | None = None,  # start with 'a' or 'an'; None: only where no size is named
 ) -> str:
-    "What is said about one thing."
+    "Noun phrase for one thing."
     colour, shape = thing.colour if colour else 'coloured', thing.shape if shape else 'shape'
-    first = thing.size if size else 'an' if colour == 'orange' else 'a'
-    return ' '.join([first, colour, shape, *(place_words(thing) if place else ())])
+    words = [*([thing.size] if size else ()), colour, shape, *place_words(thing)[PLACES[place]]]
+    if article if article is not None else not size:
+        words.insert(0, 'an' if words[0] == 'orange' else 'a')
+    return ' '.join(words)
+
+
+def plural(shape: str) -> str:
+    "Plural of a shape word."
+    return shape + ('es' if shape == 'cross' else 's')
+
+
+def two_alike(things: list, sized: bool) -> str | None:
+    "'two green circles' where that is what there is, else None; the size is named where both have the same."
+    if len(things) != 2 or len({(o.shape, o.colour) for o in things}) > 1:
+        return None
+    sizes = {o.size for o in things}
+    return ' '.join(['two', *(sizes if sized and len(sizes) == 1 else ()), things[0].colour, plural(things[0].shape)])
 
 
 def reading_order(
@@ -304,17 +333,24 @@ def loose_caption(
     things, rare = reading_order(scene.things), HELD_OUT if split == 'held_out' else ()
     if rng.random() < .3:
         things = [things[i] for i in rng.permutation(len(things))]
-    said = relation(*things) if len(things) == 2 and facing(*things) and rng.random() < .5 else ()
+    relations = relation(*things) if len(things) == 2 and facing(*things) and rng.random() < .5 else ()
     sized, left_out = rng.random() < .3, str(rng.choice(['colour', 'shape', ''], p=[.02, .05, .93]))
-    nouns = [noun(o, sized, place=not said, **{left_out: (o.shape, o.colour) in rare} if left_out else {})
+    places = 'none' if relations else str(rng.choice(list(PLACES), p=[.6, .05, .05, .3]))
+    short = len(things) < 3 or places != 'both'
+    article = {True: rng.random() < .5 and short, False: rng.random() < .8}[sized]
+    nouns = [noun(o, sized, place=places, article=article, **{left_out: (o.shape, o.colour) in rare} if left_out else {})
              for o in things]
-    if said:
-        text = f' {said[0]} '.join(nouns)
+    counted = two_alike(things, sized) if rng.random() < .6 else None
+    if counted:
+        text = counted
+    elif relations:
+        text = f' {relations[0]} '.join(nouns)
     elif len(things) == 2:
-        text = str(rng.choice([', ', ' and ', ' with '], p=[.5, .25, .25])).join(nouns)
+        text = str(rng.choice([', ', ' and ', ' with '], p=[.4, .4, .2])).join(nouns)
     else:
-        there_is = len(things) == 1 and not sized and rng.random() < .2
-        text = 'there is ' * there_is + ', '.join(nouns)
+        text = ', '.join(nouns)
+    if article and len(things) == 1 and rng.random() < .3:
+        text = f'there is {text}'
     if rng.random() < .6:
         word = scene.texture if rng.random() < .5 else scene.tone
         ground = f' on a {word} background' if rng.random() < .3 else f' on {word}'
@@ -323,7 +359,7 @@ def loose_caption(
 
 # %% ../nbs/07_scenes.ipynb #7de1f65f
 WORDS = ('a', 'an', 'there', 'is', 'coloured', 'of', 'and', 'with', 'on', 'background', 'shape', 'above', 'below',
-         *ROWS, *COLUMNS, *SIZES, *COLOURS, *SHAPES, *TONES, *TEXTURES)  # all that captions are made of
+         *ROWS, *COLUMNS, *SIZES, *COLOURS, *SHAPES, *TONES, *TEXTURES, 'two', *map(plural, SHAPES))  # of all captions
 
 
 def captions(
@@ -337,7 +373,7 @@ def captions(
     return [plain_caption(scene), *(loose_caption(scene, rng, split) for _ in range(n - 1))]
 
 # %% ../nbs/07_scenes.ipynb #46155797
-VERSION = 3  # goes up when a seed comes to mean another picture or other captions
+VERSION = 4  # goes up when a seed comes to mean another picture or other captions
 ENCODINGS = {'png': {'format': 'PNG'}, 'jpg': {'format': 'JPEG', 'quality': 95, 'subsampling': 0}}
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from .config import build
 from .data import (IMAGE_FILES, MAX_PIXELS, Skip, captions_of, decode_image, facts_of, find_shards, image_bytes,
                           is_remote, open_image, read_moments, read_shard)
-from .text import split_words
+from .config import split_words
 
 # %% ../nbs/08a_sources.ipynb #40f1a362
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .config import WORDS, FlowTokConfig, Recipe, from_json, preset, presets, recipe, stages
 from .flow import Share, draw, sample
 from .layers import DiagonalGaussian
-from .model import FlowTok, load_weights
+from .model import FlowTok, direction_config, load_weights
 from .objective import (ObjectiveConfig, TokenizerObjectiveConfig, caption_cross_entropy, image_to_text_terms,
                                kl_loss, text_to_image_terms, tokenizer_terms)
 from .text import TextAutoencoder, text_encoder
@@ -126,6 +126,8 @@ def plan(
     if words and config.text.encoder == 'words':
         config = replace(config, text=replace(config.text, vocabulary=tuple(words), vocab_size=len(words) + 2))
     usual = change_recipe(recipe(config.name, stage, phase), changes)
+    source = change_recipe(recipe(config.name, 'text-to-image', phase), changes if stage == 'text-to-image' else '').source_config
+    config = replace(config, source=source)
     steps = steps or (4 if smoke else max(1, round(usual.steps * longer)))
     usual = replace(usual, steps=steps, batch_size=batch_size or (16 if smoke else usual.batch_size))
     return Run(stage, config, usual, str(data), str(out), log_every=1 if steps < 50 else 10,
@@ -233,12 +235,12 @@ class FlowStage(Stage):
     def __init__(self, run: Run):
         super().__init__(run)
         r = run.recipe
-        self.trained = FlowTok(run.config)
+        self.trained = FlowTok(direction_config(run.config, run.stage))
         self.tokenizer = self.earlier(ImageTokenizer(run.config), 'tokenizer')
         self.objective = ObjectiveConfig(
             r.time_sampling, r.p_start, r.time_power, r.indicator_probability, kl_weight=r.kl_weight,
-            align_weight=r.align_weight, align_target=r.align_target, align_loss=r.align_loss,
-            source_noise=r.source_noise, gather=r.gather)
+            source=r.source, direction_weight=r.direction_weight, align_weight=r.align_weight,
+            align_target=r.align_target, align_loss=r.align_loss, gather=r.gather)
         self.from_text = run.stage == 'text-to-image'
         self.weights = self.objective.weights if self.from_text else {'flow': 1.}
         if not self.from_text:
@@ -256,7 +258,10 @@ class FlowStage(Stage):
     def first(self, x): return x
 
     def image_tokens(self, moments: Tensor, share: Share) -> Tensor:  # (b, k, 2 d) -> as the flow sees it, (b, k, d)
-        return self.tokenizer.to_flow(DiagonalGaussian.from_moments(moments, (-30., 20.)).sample(share))
+        posterior = DiagonalGaussian.from_moments(moments, (-30., 20.))
+        noise = self.run.recipe.image_noise
+        tokens = posterior.sample(share) if noise == 1 else posterior.mean if noise == 0 else posterior.mean.lerp(posterior.sample(share), noise)
+        return self.tokenizer.to_flow(tokens)
 
     def forward(self, moments: Tensor, ids: Tensor, share: Share) -> dict[str, Tensor]:
         tokens, features = self.image_tokens(moments, share), self.features(ids)
