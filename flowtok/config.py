@@ -200,8 +200,9 @@ presets = {
         TextConfig('words', length=16, width=128, vocab_size=len(WORDS) + 2, vocabulary=WORDS, projector_depth=2,
                    projector_heads=4, projector_hidden=128, projector_dropout=0., align_hidden=128, decoder_depth=2,
                    decoder_width=128, decoder_heads=4),
-        FlowConfig(depth=4, width=128, heads=4),
-        SamplingConfig(temperature=.2, caption_steps=1)),
+        FlowConfig(depth=4, width=160, heads=4),
+        SamplingConfig(guidance=1.5, caption_steps=1), SourceConfig('fixed', std=.5, mean_scale=2.),
+        caption_flow=FlowConfig(depth=2, width=128, heads=4)),
     's': FlowTokConfig('s', flow=FlowConfig(12, 384, 6)),
     'b': FlowTokConfig('b', flow=FlowConfig(12, 768, 12)),
     'l': FlowTokConfig('l', flow=FlowConfig(24, 1024, 16)),
@@ -325,6 +326,8 @@ class Recipe:
     time_sampling: str = 'logit_normal'  # flows: 'logit_normal', 'uniform' or 'mixture'
     p_start: float = 0.5  # flows: share of t = 0 in the 'mixture'
     time_power: float = 1.  # flows: its other times are u to this power, u uniform
+    time_mean: float = 0.  # flows: mean of the logit of logit-normal times
+    time_std: float = 1.  # flows: its standard deviation
     indicator_probability: float = 0.1  # flows: share of null samples
     source: str = 'kl'  # text-to-image: one of source_kinds, with the weight kl_weight of its KL term
     source_std: float = 0.  # text-to-image, source 'fixed': standard deviation of the noise
@@ -353,14 +356,15 @@ paper_recipes = {
     'image-to-text': Recipe(1_000_000, 4096)}
 
 tiny_base = Recipe(1000, 64, 'muon', 3e-3, 1e-2, weight_decay=0., warmup=50, schedule='cosine', ema=0.995,
-                   precision='bf16', time_sampling='mixture')
+                   precision='fp32', time_sampling='mixture')
 tiny_recipes = {
-    'tokenizer': replace(tiny_base, steps=3400, batch_size=16, kl_weight=1e-6, edge_weight=4., text_drop=0.9,
+    'tokenizer': replace(tiny_base, steps=2400, batch_size=16, kl_weight=1e-6, edge_weight=4., text_drop=0.9,
                          whiten=True),
     'text': replace(tiny_base, steps=250, learning_rate=2e-3, matrix_learning_rate=5e-3, kl_weight=1e-3),
-    'text-to-image': replace(tiny_base, steps=3000, learning_rate=4e-3, matrix_learning_rate=1.5e-2, kl_weight=1e-4,
-                             align_weight=1., p_start=0.4, time_power=3.),
-    'image-to-text': replace(tiny_base, steps=3200)}
+    'text-to-image': replace(tiny_base, steps=1800, batch_size=128, learning_rate=2.4e-3, matrix_learning_rate=9e-3,
+                             source='fixed', source_std=.5, mean_scale=2., direction_weight=.1, align_weight=.3, image_noise=0.,
+                             time_sampling='logit_normal', time_mean=-2.3, indicator_probability=.05),
+    'image-to-text': replace(tiny_base, steps=1600)}
 
 
 phases = ('pre-training', 'fine-tuning')

@@ -92,6 +92,8 @@ def sample_time(
     *,
     p_start: float = 0.5,  # mixture: probability of t = 0 exactly, in [0, 1]
     power: float = 1.,  # mixture: the other times are u to this power, more than 0
+    mean: float = 0.,  # logit_normal: mean of the logit
+    std: float = 1.,  # logit_normal: standard deviation of the logit, more than 0
     generator: torch.Generator | Share | None = None,  # source of randomness
     device: torch.device | str | None = None,  # where the times are wanted
 ) -> Tensor:  # times in [0, 1], (n,)
@@ -102,8 +104,10 @@ def sample_time(
         raise ValueError(f"p_start must be a probability between 0 and 1, got {p_start}.")
     if not power > 0:
         raise ValueError(f"power must be more than 0, got {power}.")
+    if not std > 0:
+        raise ValueError(f"The standard deviation of the logit must be more than 0, got {std}.")
     if kind == 'logit_normal':
-        return draw(torch.randn, (n,), generator, device).sigmoid()
+        return (mean + std * draw(torch.randn, (n,), generator, device)).sigmoid()
     t = draw(torch.rand, (n,), generator, device)
     if kind == 'mixture':
         t = (t ** power).masked_fill(draw(torch.rand, (n,), generator, device) < p_start, 0.)

@@ -122,6 +122,8 @@ class ObjectiveConfig:
     time_sampling: str = 'logit_normal'  # one of flowtok.flow.time_kinds
     p_start: float = 0.5  # mixture: probability of t = 0 exactly
     time_power: float = 1.  # mixture: the other times are u to this power, u uniform
+    time_mean: float = 0.  # logit_normal: mean of the logit
+    time_std: float = 1.  # logit_normal: standard deviation of the logit
     indicator_probability: float = 0.1  # share of null samples
     kl_weight: float = 1e-4  # gamma_1
     source: str = 'kl'  # one of flowtok.config.source_kinds; all but 'fixed' name the KL term
@@ -164,7 +166,7 @@ def flow_terms(
     b, device = len(x0), x0.device
     source_std = x0.detach().std()
     t = sample_time(b, objective.time_sampling, p_start=objective.p_start, power=objective.time_power,
-                    generator=generator, device=device)
+                    mean=objective.time_mean, std=objective.time_std, generator=generator, device=device)
     share = as_share(generator)
     if objective.gather:
         everyone = draw_indicator(b * share.world_size, objective.indicator_probability, share.generator, device)

@@ -335,9 +335,9 @@ def loose_caption(
         things = [things[i] for i in rng.permutation(len(things))]
     relations = relation(*things) if len(things) == 2 and facing(*things) and rng.random() < .5 else ()
     sized, left_out = rng.random() < .3, str(rng.choice(['colour', 'shape', ''], p=[.02, .05, .93]))
-    places = 'none' if relations else str(rng.choice(list(PLACES), p=[.6, .05, .05, .3]))
-    short = len(things) < 3 or places != 'both'
-    article = {True: rng.random() < .5 and short, False: rng.random() < .8}[sized]
+    shares = {1: [.5, .06, .06, .38], 2: [.65, 0., 0., .35], 3: [1., 0., 0., 0.]}[len(things)]
+    places = 'none' if relations else str(rng.choice(list(PLACES), p=shares))
+    article = {True: rng.random() < .5 and len(things) < 3, False: rng.random() < .8}[sized]
     nouns = [noun(o, sized, place=places, article=article, **{left_out: (o.shape, o.colour) in rare} if left_out else {})
              for o in things]
     counted = two_alike(things, sized) if rng.random() < .6 else None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stage_classes', 'weights_file', 'Run', 'vocabulary_for', 'change_recipe', 'plan', 'earlier_weights', 'Stage',
-           'TokenizerStage', 'TextStage', 'FlowStage', 'flow_pictures', 'flow_captions']
+           'TokenizerStage', 'TextStage', 'flow_objective', 'FlowStage', 'flow_pictures', 'flow_captions']
 
 # %% ../nbs/08c_stages.ipynb #f16f25d4
 import os
@@ -110,7 +110,7 @@ def plan(
     *,
     phase: str = 'pre-training',  # one of flowtok.config.phases
     steps: int = 0,  # 0 for the recipe's
-    longer: float = 1.,  # how many times the recipe's steps
+    longer: float = 1.,  # how many times the recipe's steps of text to image, and its root those of the other stages
     batch_size: int = 0,  # 0 for the recipe's
     changes: str = '',  # as `change_recipe`
     anchored: bool = True,  # tiny: whether each image token starts from its own part of the picture
@@ -128,7 +128,8 @@ def plan(
     usual = change_recipe(recipe(config.name, stage, phase), changes)
     source = change_recipe(recipe(config.name, 'text-to-image', phase), changes if stage == 'text-to-image' else '').source_config
     config = replace(config, source=source)
-    steps = steps or (4 if smoke else max(1, round(usual.steps * longer)))
+    factor = longer if stage == 'text-to-image' else longer**.5
+    steps = steps or (4 if smoke else max(1, round(usual.steps * factor)))
     usual = replace(usual, steps=steps, batch_size=batch_size or (16 if smoke else usual.batch_size))
     return Run(stage, config, usual, str(data), str(out), log_every=1 if steps < 50 else 10,
                sample_every=max(1, steps // 8) if config.name == 'tiny' else 5000,
@@ -229,6 +230,13 @@ class TextStage(Stage):
                 'kl': kl_loss(posterior.mean, posterior.logvar)}
 
 # %% ../nbs/08c_stages.ipynb #217bced5
+def flow_objective(
+    recipe: Recipe,  # of a flow
+) -> ObjectiveConfig:
+    "The choices of a recipe that the flow's losses depend on."
+    return ObjectiveConfig(**{f.name: getattr(recipe, f.name) for f in fields(ObjectiveConfig) if hasattr(recipe, f.name)})
+
+
 class FlowStage(Stage):
     "Text to image, or image to text: the same flow with its ends swapped."
 
@@ -237,12 +245,12 @@ class FlowStage(Stage):
         r = run.recipe
         self.trained = FlowTok(direction_config(run.config, run.stage))
         self.tokenizer = self.earlier(ImageTokenizer(run.config), 'tokenizer')
-        self.objective = ObjectiveConfig(
-            r.time_sampling, r.p_start, r.time_power, r.indicator_probability, kl_weight=r.kl_weight,
-            source=r.source, direction_weight=r.direction_weight, align_weight=r.align_weight,
-            align_target=r.align_target, align_loss=r.align_loss, gather=r.gather)
+        self.objective = flow_objective(r)
         self.from_text = run.stage == 'text-to-image'
         self.weights = self.objective.weights if self.from_text else {'flow': 1.}
+        if self.from_text and r.source_config != run.config.source:
+            raise ValueError(f"The recipe's source, {r.source_config}, is not that of the config, {run.config.source}: "
+                             "make both by flowtok.stages.plan.")
         if not self.from_text:
             self.text = self.earlier(TextAutoencoder(run.config), 'text')
             self.trained.projector.load_state_dict(self.text.projector.state_dict())

@@ -276,9 +276,10 @@ def sentence_of(
 
 # %% ../nbs/12b_tables.ipynb #5ceef0af
 MEASURES = {  # notebook -> what is averaged over seeds
-    'ablations': ('right, no text at decoding (%)', 'FID, stand-in features', 'flow loss', 'seconds'),
-    'text_as_source': ('right (%)', 'FID, stand-in features', 'seconds a picture', 'training memory (MB)', 'training seconds',
-                       'seconds to the quality')}
+    'ablations': ('accuracy (%)', 'FID, stand-in features', 'tone TV', 'texture TV', 'spread ratio', 'precision', 'recall', 'flow loss',
+                  'share of noise in the source', 'seconds'),
+    'text_as_source': ('accuracy (%)', 'FID, stand-in features', 'tone TV', 'texture TV', 'spread ratio', 'precision', 'recall',
+                       'seconds an image', 'training memory (MB)', 'training seconds', 'seconds to the quality')}
 
 
 def summary_rows(

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import FlowConfig, FlowTokConfig, Recipe, TokenizerConfig, check_heads
+from .config import FlowConfig, FlowTokConfig, Recipe, SourceConfig, TokenizerConfig, check_heads
 from .flow import Share, draw, draw_indicator, interpolate, sample, sample_time, velocity_target
 from .layers import DiagonalGaussian, FinalLayer, ModulatedBlock, TimeEmbedding, attend, sinusoid_positions
-from .model import DiT, FlowTok
+from .model import DiT, FlowTok, source_distribution
 from .objective import ObjectiveConfig, text_to_image_terms, total
 from .text import AlignmentMLP, TextProjector
 from .step import Ema, cpu_has_bf16, make_optimizers, rate_factor, seed_of
@@ -144,8 +144,8 @@ class Source2d(nn.Module):
 
     def project(self, features: Tensor) -> DiagonalGaussian:
         "The Gaussian that the start is drawn from."
-        posterior = self.projector(features)
-        return DiagonalGaussian(self.spread(posterior.mean), self.spread(posterior.logvar))
+        source = source_distribution(self.projector(features), self.config.source)
+        return DiagonalGaussian(self.spread(source.mean), self.spread(source.logvar))
 
     def alignment_target(self, features: Tensor) -> Tensor:
         "What the start is compared with in training."
@@ -171,7 +171,7 @@ crossflow = FlowTokConfig(  # for speed: 32 x 32 x 4 latents in patches of 2 x 2
     flow=FlowConfig(depth=38, width=1152, heads=16))
 
 # %% ../nbs/17_twins.ipynb #35733648
-KINDS = 'source', 'cross', 'concat', 'source 2d'
+KINDS = 'source', 'source KL', 'cross', 'concat', 'source 2d'
 
 
 def parameters_of(module: nn.Module) -> int:
@@ -183,6 +183,8 @@ def build_network(config: FlowTokConfig, kind: str) -> nn.Module:
     "The network of a kind, at the width of the config."
     if kind not in KINDS:
         raise ValueError(f"Twin {kind!r} is unknown: choose one of {', '.join(KINDS)}.")
+    if kind == 'source KL':                                                      # the paper's source, whatever the config's
+        return FlowTok(replace(config, source=SourceConfig()))
     return FlowTok(config) if kind == 'source' else Source2d(config) if kind == 'source 2d' else Conditioned(config, kind)
 
 

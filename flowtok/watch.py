@@ -23,10 +23,8 @@ from .journal import progress_line
 
 # %% ../nbs/09a_watch.ipynb #4cbccc66
 def default_processes(run: Run) -> int:
-    "One process for each GPU; without, two for the small model and one for the large."
-    gpus = torch.cuda.device_count()
-    small = run.config.flow.width < 384 and (os.cpu_count() or 1) > 1 and run.recipe.batch_size % 2 == 0
-    return gpus or (2 if small else 1)
+    "One process for each GPU, or one with all cores of a CPU."
+    return torch.cuda.device_count() or 1
 
 
 keep_memory = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': '4000000000', 'MALLOC_TOP_PAD_': '100000000'}
