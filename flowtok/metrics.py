@@ -65,7 +65,9 @@ def caption_kind(
         return 'colours left open'
     if any(shape is None for _, _, shape, _ in claims.things):
         return 'shapes left open'
-    return ('one thing', 'two things', 'three things')[len(claims.things) - 1]
+    count = 'two alike' if text.startswith('two') else ('one thing', 'two things', 'three things')[len(claims.things) - 1]
+    places = [words[3] for words in claims.things]
+    return f'{count}, no places' if not any(places) else count if all(place and all(place) for place in places) else f'{count}, a row or a column'
 
 # %% ../nbs/11_metrics.ipynb #626ab74f
 def count_right(

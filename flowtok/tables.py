@@ -297,7 +297,7 @@ def summary_rows(
 
 SAME_VARIANT = {  # row of the paper's table 4 -> variant of the run notebook
     'target pool': 'target pool', 'target mlp': 'base', 'loss cosine': 'loss cosine', 'loss contrastive': 'base',
-    'weight 1': 'base', 'weight 2': 'weight 2'}
+    'weight 1': 'weight 1', 'weight 2': 'weight 2'}
 
 
 def table_4(records: dict[str, RunRecord]) -> list[dict]:

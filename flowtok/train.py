@@ -28,7 +28,7 @@ from .cache import check_cache, holds_tokens, write_token_cache
 from .config import Recipe, from_json, phases, presets, stages, to_json
 from .data import to_images
 from .journal import (Log, StopSign, Stopped, checkpoints, everywhere, newest_state, progress_line, restore,
-                             save_checkpoint, show_progress, step_values, training_state)
+                             save_checkpoint, show_progress, source_warning, step_values, training_state)
 from .model import load_weights, save_weights
 from .stages import Run, Stage, earlier_weights, plan, stage_classes, vocabulary_for, weights_file
 from .step import Critics, Ema, Noise, cpu_has_bf16, make_optimizers, rate_factor, take_step
@@ -166,7 +166,7 @@ def loop(run: Run, stop: StopSign, tell):
             print(sentence, file=sys.stderr)
             log.write(step=start, missing=sentence)
     del state
-    noise, began, skipped, in_a_row, unread = Noise(run, accelerator), time.time(), 0, 0, []
+    noise, began, skipped, in_a_row, unread, warned = Noise(run, accelerator), time.time(), 0, 0, [], False
     for step in range(start + 1, run.recipe.steps + 1):
         unread.append(take_step(accelerator, model, stage, optimizers, next(batches), noise.of_step(step),
                                 rate_factor(step - 1, run.recipe), critics, step - 1))
@@ -184,6 +184,11 @@ def loop(run: Run, stop: StopSign, tell):
                 line = log.write(step=step, seconds=round(time.time() - began, 2), rate=rate_factor(step - 1, run.recipe),
                                  **({'skipped': skipped} if skipped else {}))
                 tell(line)
+                warning = '' if warned else source_warning(line)
+                if warning:
+                    warned = True
+                    print(warning, file=sys.stderr)
+                    log.write(step=step, warning=warning)
                 accelerator.log({k: v for k, v in line.items() if k != 'step'}, step=step)
             if step % run.sample_every == 0 or step == run.recipe.steps:
                 show_progress(stage, ema, shown, step, log)

@@ -41,7 +41,7 @@ def test_table_6():
     wanted = dict(steps=1_000_000, batch_size=4096, optimizer='adamw', learning_rate=4e-4, betas=(.9, .95),
                   weight_decay=.03, warmup=5000, schedule='constant', ema=.9999, precision='bf16',
                   indicator_probability=.1, time_sampling='logit_normal', kl_weight=1e-4, align_weight=1., clip=0.,
-                  source_noise=0.)
+                  source='kl', source_std=0., direction_weight=0., image_noise=1.)
     assert {name: r[name] for name in wanted} == wanted
     assert (recipe('xl', 'image-to-text').kl_weight, recipe('xl', 'image-to-text').align_weight) == (0, 0)
 
@@ -124,6 +124,6 @@ def test_words():
 
 def test_defaults_are_the_papers():
     assert replace(FlowTokConfig('b')) == preset('b')
-    assert {f.name for f in fields(FlowTokConfig)} == {'name', 'tokenizer', 'text', 'flow', 'sampling'}
+    assert {f.name for f in fields(FlowTokConfig)} == {'name', 'tokenizer', 'text', 'flow', 'sampling', 'source', 'caption_flow'}
     assert asdict(preset('xl').sampling) == dict(steps=20, guidance=2., temperature=1., caption_steps=20, caption_guidance=2.,
                                                  schedule='uniform')

@@ -103,7 +103,7 @@ def test_training_losses(model, golden, described, case):
 
 @pytest.mark.parametrize('case', ['plain', 'null'])
 def test_gradient_norms(model, golden, described, case):
-    weights = ObjectiveConfig(kl='released', kl_weight=described['loss_weights']['kl']).weights
+    weights = ObjectiveConfig(source='released_kl', kl_weight=described['loss_weights']['kl']).weights
     total(released_terms(model, golden, case), weights).backward()
     found = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.requires_grad}
     expected = {rename(k, FLOWTOK_NAMES): v for k, v in described['gradient_norms_of_mean_loss'][case].items()}

@@ -1,5 +1,6 @@
 "The objective's terms: definitions written out a second time, every ablation, and the numbers of the authors' code."
 import itertools
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,9 @@ from torch import nn
 
 from flowtok.flow import exchange_targets
 from flowtok.objective import (ObjectiveConfig, TokenizerObjectiveConfig, align_losses, align_targets, alignment_loss,
-                               caption_cross_entropy, edge_map, flow_matching_loss, flow_terms, image_to_text_terms,
+                               caption_cross_entropy, direction_loss, edge_map, flow_matching_loss, flow_terms, image_to_text_terms,
                                kl_loss, kl_losses, loss_by_time_bin, pool_target, reconstruction_loss,
-                               released_kl_loss, text_to_image_terms, tokenizer_terms, total)
+                               released_kl_loss, source_levels, text_to_image_terms, tokenizer_terms, total)
 
 goldens = Path(__file__).parent / 'goldens' / 'flowtok_nano'
 
@@ -78,7 +79,7 @@ def test_total_adds_up_to_the_authors_loss(golden, described, case):
     terms = {'flow': golden[f'train_{case}_flow_mse'],
              'kl': released_kl_loss(golden['text_mu'], golden['text_logvar']),
              'align': alignment_loss(golden['text_z'], golden['context_projector'], temperature)}
-    loss = total(terms, ObjectiveConfig(kl='released', kl_weight=described['loss_weights']['kl']).weights)
+    loss = total(terms, ObjectiveConfig(source='released_kl', kl_weight=described['loss_weights']['kl']).weights)
     expected = golden[f'train_{case}_loss'].mean()
     assert abs(loss - expected) <= described['tolerance']['default'] * expected
 
@@ -157,7 +158,7 @@ def test_pool_keeps_the_shape_and_the_mean(c, d):
     (0., 1e-4), (0., 1., 2.), align_targets, align_losses, kl_losses)))
 def test_every_ablation_runs(model, batch, kl_weight, align_weight, target, loss, kl):
     objective = ObjectiveConfig(kl_weight=kl_weight, align_weight=align_weight, align_target=target, align_loss=loss,
-                                kl=kl, margin=0.8)
+                                source=kl, margin=0.8)
     terms = text_to_image_terms(model, *batch, objective=objective)
     assert ('kl' in terms) == (kl_weight > 0) and ('align' in terms) == (align_weight > 0)
     assert ('alignment_target' in model.calls) == (align_weight > 0 and target == 'mlp')
@@ -198,12 +199,32 @@ def test_a_generator_repeats_a_step(model, batch):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_source_noise_is_added_to_the_start(batch):
-    x0, seen = torch.zeros(512, 5, 4), []
-    model = SimpleNamespace(velocity=lambda x, t, i: seen.append(x) or x)
-    objective = ObjectiveConfig(time_sampling='mixture', p_start=1., indicator_probability=0., source_noise=0.5)
-    terms = flow_terms(model, x0, x0 + 1, objective=objective)
-    assert abs(seen[0].std() - 0.5) < 0.02 and terms['source_std'] == 0 and (x0 == 0).all()
+def test_the_kinds_of_source_differ_in_what_holds_the_noise():
+    mean, logvar = torch.full((3, 5, 4), 2., requires_grad=True), torch.full((3, 5, 4), -3., requires_grad=True)
+    pulls = {kind: torch.autograd.grad(kl(mean, logvar), (mean, logvar), allow_unused=True) for kind, kl in kl_losses.items()}
+    assert list(pulls) == ['kl', 'released_kl', 'variance_kl'] and all(pull[1].lt(0).all() for pull in pulls.values())
+    assert pulls['variance_kl'][0] is None and pulls['kl'][0].gt(pulls['released_kl'][0] / 3).all()
+
+
+def test_a_fixed_source_has_no_kl_term_and_a_direction_term_pulls_the_mean(model, batch):
+    fixed = ObjectiveConfig(source='fixed', kl_weight=1e-2, direction_weight=0.5, align_weight=0.)
+    terms = text_to_image_terms(model, *batch, objective=fixed)
+    assert 'kl' not in terms and fixed.weights == {'flow': 1., 'kl': 0., 'align': 0., 'direction': 0.5}
+    total({'direction': terms['direction']}, {'direction': 1.}).backward()
+    assert model.projector.weight.grad.abs().sum() > 0
+
+
+def test_direction_loss_is_the_squared_distance_of_unit_vectors():
+    x = torch.randn(6, 5, 4)
+    assert direction_loss(3 * x, x) < 1e-6 and abs(direction_loss(-x, 2 * x) - 4) < 1e-5
+    cosine = torch.nn.functional.cosine_similarity(x.flatten(1), x.roll(1, 0).flatten(1)).mean()
+    assert abs(direction_loss(x, x.roll(1, 0)) - (2 - 2 * cosine)) < 1e-5
+
+
+def test_the_level_of_noise_is_measured():
+    source = SimpleNamespace(mean=torch.full((2, 5, 4), 3.), logvar=torch.full((2, 5, 4), 2 * math.log(1.5)))
+    levels = source_levels(source)
+    assert abs(levels['source_snr'] - 2) < 1e-5 and abs(levels['source_share'] - 1 / 5) < 1e-5
 
 
 def test_total_names_what_is_missing():
@@ -215,7 +236,7 @@ def test_total_names_what_is_missing():
 
 @pytest.mark.parametrize('arguments, message', [
     (dict(time_sampling='cosine'), "time_sampling 'cosine' is unknown: choose one of logit_normal, uniform, mixture."),
-    (dict(kl='sixth'), "kl 'sixth' is unknown: choose one of paper, released."),
+    (dict(source='sixth'), "source 'sixth' is unknown: choose one of kl, released_kl, variance_kl, fixed."),
     (dict(align_loss='mse'), "align_loss 'mse' is unknown: choose one of contrastive, cosine."),
     (dict(align_weight=float('nan')), 'align_weight must not be negative, got nan'),
     (dict(indicator_probability=2), 'between 0 and 1, got 2'),
