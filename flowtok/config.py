@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WORDS', 'REWRITES', 'source_kinds', 'presets', 'stages', 'paper_recipes', 'tiny_base', 'tiny_recipes', 'phases',
            'check_heads', 'TokenizerConfig', 'split_words', 'canonical', 'TextConfig', 'FlowConfig', 'SourceConfig',
-           'SamplingConfig', 'FlowTokConfig', 'preset', 'to_json', 'build', 'from_json', 'check_recipe', 'Recipe',
-           'recipe']
+           'SamplingConfig', 'FlowTokConfig', 'preset', 'to_json', 'plain_type', 'build', 'from_json', 'check_recipe',
+           'Recipe', 'recipe']
 
 # %% ../nbs/00_config.ipynb #f6f4197d
 import json
@@ -226,6 +226,11 @@ def to_json(
     return json.dumps(asdict(config), indent=2)
 
 # %% ../nbs/00_config.ipynb #a0cd60ce
+def plain_type(hint) -> type:
+    "The type of a field: of 'X | None' the X."
+    return next(t for t in get_args(hint) if t is not type(None)) if isinstance(hint, UnionType) else hint
+
+
 def build(
     kind: type,  # a dataclass of this page
     values: dict,  # its fields by name
@@ -234,23 +239,21 @@ def build(
     "A dataclass from its fields: no others, and all but those that older versions did not write."
     if not isinstance(values, dict):
         raise ValueError(f"{where} must be a JSON object, got {values!r}.")
-    types = {name: next(t for t in get_args(hint) or (hint,) if t is not type(None)) if isinstance(hint, UnionType) else hint
-             for name, hint in get_type_hints(kind).items()}
+    types, known = get_type_hints(kind), {f.name: f for f in fields(kind)}
     if unknown := sorted(set(values) - set(types)):
         raise ValueError(f"{where} has the unknown entry {unknown[0]!r}: it may have {', '.join(types)}.")
-    if missing := [f.name for f in fields(kind) if f.name not in values and not f.metadata.get('optional')]:
+    if missing := [name for name, f in known.items() if name not in values and not f.metadata.get('optional')]:
         raise ValueError(f"{where} lacks the entry {missing[0]!r}.")
-    found = {}
+    built = {}
     for name, value in values.items():
-        wanted, value = types[name], tuple(value) if isinstance(value, list) else value
-        if value is None and f'{name}' in {f.name for f in fields(kind) if f.default is None}:
-            pass
-        elif is_dataclass(wanted):
-            value = build(wanted, value, f'{where}, {name},')
-        elif type(value) is not wanted and not (wanted is float and type(value) is int):
-            raise ValueError(f"{where}, {name}, must be of type {wanted.__name__}, got {value!r}.")
-        found[name] = value
-    return kind(**found)
+        expected, value = plain_type(types[name]), tuple(value) if isinstance(value, list) else value
+        absent = value is None and known[name].default is None
+        if is_dataclass(expected) and not absent:
+            value = build(expected, value, f'{where}, {name},')
+        elif not absent and type(value) is not expected and not (expected is float and type(value) is int):
+            raise ValueError(f"{where}, {name}, must be of type {expected.__name__}, got {value!r}.")
+        built[name] = value
+    return kind(**built)
 
 # %% ../nbs/00_config.ipynb #a77b7047
 def from_json(

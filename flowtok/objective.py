@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import source_kinds
-from .flow import (Share, as_share, draw, draw_indicator, exchange_targets, interpolate, sample_time, time_kinds,
+from .flow import (Share, as_share, draw_indicator, exchange_targets, interpolate, sample_time, time_kinds,
                           velocity_target)
 
 # %% ../nbs/06_objective.ipynb #9fac7feb

@@ -107,7 +107,7 @@ def save_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for stage in self.parts if stages is None else stages:
-        save_weights(self.parts[stage], folder / f'{stage}.safetensors', dtype)
+        save_weights(self.parts[stage], folder / f'{stage}.safetensors', dtype, training=False)
     (folder / 'config.json').write_text(to_json(self.config) + '\n')
 
 

@@ -28,7 +28,7 @@ from .scenes import (COLOURS, COLUMNS, HUES, PERIOD, RELATIONS, ROWS, SHAPES, SI
 @dataclass(frozen=True)
 class Claims:
     "What a caption states."
-    things: tuple  # of (size, colour, shape, place), None where nothing is said; place: (row, column), either may be None
+    things: tuple  # of (size, colour, shape, place), None where not named; place: (row, column), either may be None
     relation: str | None  # one of RELATIONS, from the first thing to the second
     ground: str | None  # one of TONES or TEXTURES
 
@@ -53,10 +53,10 @@ def parse(
     text: str,  # a caption; case and commas do not matter
 ) -> Claims | None:  # None where the text is not of the captions' language
     "What a text claims about a picture."
-    found = SENTENCE.fullmatch(' '.join(canonical(text)))
-    if not found:
+    match = SENTENCE.fullmatch(' '.join(canonical(text)))
+    if not match:
         return None
-    words = found.groupdict()
+    words = match.groupdict()
     if words['shapes']:
         one = words['size'], words['colour'], next(shape for shape in SHAPES if plural(shape) == words['shapes']), None
         return Claims((one, one), None, words['ground'])

@@ -11,7 +11,6 @@ __all__ = ['clip_name', 'transformers_names', 'tell_truncation', 'checked_captio
 # %% ../nbs/04_text.ipynb #ca3d8d93
 import copy
 import difflib
-import re
 import warnings
 from functools import cache
 from pathlib import Path

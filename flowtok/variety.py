@@ -8,7 +8,7 @@ __all__ = ['OPEN', 'EDGES', 'VARIETY', 'FORMS', 'PAGE', 'draw_claimed', 'draw_fi
            'mean_images', 'references_of', 'image_scores', 'variety_prompts', 'form_prompts', 'form_scores',
            'prompt_page']
 
-# %% ../nbs/11b_variety.ipynb #35c516f0
+# %% ../nbs/11b_variety.ipynb #b17a1fe0
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -24,11 +24,11 @@ from .reader import Claims, Reading, agrees, parse, read
 from .scenes import (COLUMNS, MIDDLES, PAIRS, ROWS, SIZES, TEXTURES, TONES, Scene, draw_cells, draw_thing, facing,
                             place, plural, render)
 
-# %% ../nbs/11b_variety.ipynb #b967c132
+# %% ../nbs/11b_variety.ipynb #f62cbf8f
 def draw_claimed(
-    words: tuple,  # size, colour, shape and place of a thing, None where nothing is said
+    words: tuple,  # size, colour, shape and place of a thing, None where not named
     rng: np.random.Generator,
-):  # a Thing, not yet placed, and its (column, row) with None where nothing is said
+):  # a Thing, not yet placed, and its (column, row) with None where not named
     "A thing of which some words are given."
     size, colour, shape, at = words
     pairs = [(s, c) for s, c in PAIRS if shape in (None, s) and colour in (None, c)]
@@ -49,7 +49,7 @@ def draw_fitting(
         drawn = [draw_claimed(words, rng) for words in claims.things]
         cells = draw_cells(len(drawn), rng)
         for cell, (_, named) in zip(cells, drawn):
-            cell[:] = [own if wanted is None else wanted for own, wanted in zip(cell, named)]
+            cell[:] = [own if given is None else given for own, given in zip(cell, named)]
         things = place([thing for thing, _ in drawn], rng, cells=cells)
         if things is None or claims.relation and not facing(*things):
             continue
@@ -59,7 +59,7 @@ def draw_fitting(
         if agrees(claims, things, tone, texture):
             return Scene(things, tone, texture, TONES[tone] + rng.uniform(-.02, .02), contrast)
 
-# %% ../nbs/11b_variety.ipynb #42eedbf7
+# %% ../nbs/11b_variety.ipynb #b67cc9d8
 OPEN = 'tone', 'texture', 'size', 'tilt', 'place', 'cell'  # attributes that captions leave open
 EDGES = -.01, .01  # between the three parts of a cell along an axis
 
@@ -79,13 +79,13 @@ def open_values(
     things, open_all = reading.things, lambda field: all(words[field] is None for words in claims.things)
     clear = [o for o in things if o.shape != 'unclear']
     cells = nearest_cells(clear)
-    found = {'tilt': [round(math.degrees(o.angle)) for o in clear if o.shape not in ('circle', 'ring')],
+    values = {'tilt': [round(math.degrees(o.angle)) for o in clear if o.shape not in ('circle', 'ring')],
              'tone': [] if claims.ground in TONES else [reading.tone],
              'texture': [] if claims.ground in TEXTURES else [reading.texture],
              'size': [o.size for o in clear] if open_all(0) else []}
     inside = [tuple(int(np.searchsorted(EDGES, v - MIDDLES[m])) for v, m in zip((o.x, o.y), cell)) for o, cell in zip(clear, cells)]
     placed = all(words[3] and all(words[3]) for words in claims.things)
-    return found | {'place': inside if placed else [], 'cell': cells if open_all(3) and not claims.relation else []}
+    return values | {'place': inside if placed else [], 'cell': cells if open_all(3) and not claims.relation else []}
 
 
 def tally(
@@ -110,7 +110,7 @@ def total_variation(
         return None
     return sum(abs(counts[v] / n - reference[v] / m) for v in counts.keys() | reference.keys()) / 2
 
-# %% ../nbs/11b_variety.ipynb #76ca117a
+# %% ../nbs/11b_variety.ipynb #2880afe9
 def spread(
     features: np.ndarray,  # of the images of one caption, (n, d)
 ) -> float:
@@ -133,7 +133,7 @@ def spread_ratio(
     half = 1.96 * float(np.std(ratios, ddof=1)) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
     return float(np.mean(ratios)), float(np.mean(ratios)) - half, float(np.mean(ratios)) + half
 
-# %% ../nbs/11b_variety.ipynb #bbf7885b
+# %% ../nbs/11b_variety.ipynb #9a99626e
 def precision_recall(
     generated: np.ndarray,  # features, (n, d)
     true: np.ndarray,  # features, (m, d)
@@ -149,7 +149,7 @@ def precision_recall(
         return float((torch.cdist(points, centres) <= radius).any(1).double().mean())
     return covered(a, b), covered(b, a)
 
-# %% ../nbs/11b_variety.ipynb #41f01e4b
+# %% ../nbs/11b_variety.ipynb #3cc9b3b8
 @dataclass(frozen=True)
 class References:
     "What generated images of a list of prompts are compared with."
@@ -184,7 +184,7 @@ def references_of(
     counts = tally(prompts * 2, [reading for images in sets for reading in read_all(images)])
     return References(prompts, counts, reference_of(random_conv_features(sets[0])))
 
-# %% ../nbs/11b_variety.ipynb #7dd0db05
+# %% ../nbs/11b_variety.ipynb #5603953f
 VARIETY = *(f'{name} TV' for name in OPEN), 'FID, stand-in features', 'precision', 'recall'
 
 
@@ -206,7 +206,7 @@ def image_scores(
     scores['precision'], scores['recall'] = precision_recall(rows, references.features.rows) if enough else (None, None)
     return scores | {'n': len(prompts)}
 
-# %% ../nbs/11b_variety.ipynb #3bcfd827
+# %% ../nbs/11b_variety.ipynb #9db6fbd9
 def variety_prompts(
     split: str,  # 'seen' or 'held_out'
     n: int,
@@ -215,7 +215,7 @@ def variety_prompts(
     "Prompts of a split: of the i-th scene the caption i modulo 5."
     return [five[i % 5] for i, five in enumerate(scene_prompts(split, n, start)[1])]
 
-# %% ../nbs/11b_variety.ipynb #cc50fade
+# %% ../nbs/11b_variety.ipynb #b0a01819
 FORMS = {'a C S': 'a {c} {s}', 'C S': '{c} {s}', 'there is a C S': 'there is a {c} {s}', 'a C S on black': 'a {c} {s} on black',
          'a C S and a red ring': 'a {c} {s} and a red ring', 'two C Ss': 'two {c} {p}'}
 
@@ -233,7 +233,7 @@ def form_scores(
     repeats: int = 4,  # images of each prompt
 ) -> list[dict]:  # one row a form, and one for all
     "Accuracy and cells of short prompts."
-    rows, seen, wanted = [], Counter(), Counter()
+    rows, generated, true = [], Counter(), Counter()
     for form in FORMS:
         prompts = form_prompts(form) * repeats
         readings, rng = read_all(draw(prompts)), np.random.default_rng(5)
@@ -241,12 +241,12 @@ def form_scores(
         scenes = [draw_fitting(text, rng) for text in form_prompts(form) * 20]
         reference = Counter(cell for scene in scenes for cell in nearest_cells(scene.things))
         cells = tally(prompts, readings)['cell']
-        seen, wanted = seen + cells, wanted + reference
+        generated, true = generated + cells, true + reference
         rows.append({'form': form, 'right': right, 'of': len(prompts), 'percent': 100 * right / len(prompts), 'cell TV': total_variation(cells, reference)})
     total, n = sum(row['right'] for row in rows), sum(row['of'] for row in rows)
-    return rows + [{'form': 'all', 'right': total, 'of': n, 'percent': 100 * total / n, 'cell TV': total_variation(seen, wanted)}]
+    return rows + [{'form': 'all', 'right': total, 'of': n, 'percent': 100 * total / n, 'cell TV': total_variation(generated, true)}]
 
-# %% ../nbs/11b_variety.ipynb #5ccc8f3b
+# %% ../nbs/11b_variety.ipynb #f7463418
 PAGE = ('a blue star', 'two green circles', 'a red ring on black', 'a large cyan bar', 'a purple triangle and a yellow cross', 'a pink circle top left',
         'a green star left of an orange ring', 'a red cross middle centre on a striped background')
 

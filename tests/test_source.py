@@ -142,3 +142,23 @@ def test_every_source_trains_with_the_tokens_of_the_paper(kind):
 def test_every_source_trains_at_the_size_of_flowtok_b(kind):
     "About 10 seconds and 4 GB each: python -m pytest -q -m slow tests/test_source.py"
     assert two_steps(preset('b'), kind)[1].isfinite().all()
+
+
+def test_what_only_training_needs_is_not_saved_with_a_pipeline(tmp_path):
+    from safetensors.torch import load_file
+
+    from flowtok.model import load_weights, save_weights
+    pipe = pipeline(SourceConfig('fixed', std=.5))
+    pipe.save_pretrained(tmp_path)
+    names = load_file(tmp_path / 'text-to-image.safetensors').keys()
+    assert names and not any(name.startswith(('alignment', 'temperature')) for name in names)
+    again = FlowTokPipeline.from_pretrained(tmp_path)
+    how = dict(output_type='tokens', temperature=0.)
+    assert torch.allclose(again('a red circle', **how), pipe('a red circle', **how), atol=2e-2)
+    save_weights(pipe.text_to_image, tmp_path / 'all.safetensors')
+    assert load_file(tmp_path / 'all.safetensors').keys() == pipe.text_to_image.state_dict().keys()
+    with pytest.raises(ValueError):
+        partial = {name: x for name, x in load_file(tmp_path / 'text-to-image.safetensors').items() if 'projector' not in name}
+        from safetensors.torch import save_file
+        save_file(partial, tmp_path / 'partial.safetensors')
+        load_weights(FlowTok(pipe.config), tmp_path / 'partial.safetensors')
