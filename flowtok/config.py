@@ -202,7 +202,7 @@ presets = {
                    decoder_width=128, decoder_heads=4),
         FlowConfig(depth=4, width=160, heads=4),
         SamplingConfig(guidance=1.5, caption_steps=1), SourceConfig('fixed', std=.5, mean_scale=2.),
-        caption_flow=FlowConfig(depth=2, width=128, heads=4)),
+        caption_flow=FlowConfig(depth=4, width=88, heads=4)),
     's': FlowTokConfig('s', flow=FlowConfig(12, 384, 6)),
     'b': FlowTokConfig('b', flow=FlowConfig(12, 768, 12)),
     'l': FlowTokConfig('l', flow=FlowConfig(24, 1024, 16)),
@@ -367,7 +367,7 @@ tiny_recipes = {
     'text-to-image': replace(tiny_base, steps=1800, batch_size=128, learning_rate=2.4e-3, matrix_learning_rate=9e-3,
                              source='fixed', source_std=.5, mean_scale=2., direction_weight=.1, align_weight=.3, image_noise=0.,
                              time_sampling='logit_normal', time_mean=-2.3, indicator_probability=.05),
-    'image-to-text': replace(tiny_base, steps=1600)}
+    'image-to-text': replace(tiny_base, steps=2000)}
 
 
 phases = ('pre-training', 'fine-tuning')
