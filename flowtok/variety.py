@@ -262,7 +262,7 @@ def prompt_page(
     figure = Figure(figsize=(seeds, 1.12 * len(prompts)), dpi=70, layout='constrained')
     axes = figure.subplots(len(prompts), seeds, squeeze=False)
     for i, text in enumerate(prompts):
-        axes[i, 0].set_title(text, fontsize=7, loc='left')
+        axes[i, 0].set_title(text, fontsize=7, loc='left').set_in_layout(False)  # or the first column would be as wide as its title
         for axis, images in zip(axes[i], columns):
             axis.imshow(images[i])
             axis.axis('off')
