@@ -136,3 +136,15 @@ def test_the_distance_is_that_of_the_metrics_chapter(references):
     wanted = frechet_distance(*own, references.features.mean, references.features.cov)
     assert image_scores(images, references, draws=0)['FID, stand-in features'] == pytest.approx(wanted)
     assert len(read_all(images[:3])) == 3
+
+
+def test_the_weights_of_the_package_draw_many_images_for_one_caption():
+    from flowtok.pipeline import FlowTokPipeline
+    pipe, text = FlowTokPipeline.from_pretrained(), 'a yellow cross top left'
+    images = pipe([text] * 48, generator=torch.Generator().manual_seed(0), output_type='pt', text_at_decoding=False)
+    readings = read_all(images)
+    tones = Counter(reading.tone for reading in readings)
+    assert all(tones[tone] >= 4 for tone in TONES) and len({reading.texture for reading in readings}) >= 3
+    right = sum(reading.things[0].colour == 'yellow' and reading.things[0].shape == 'cross' for reading in readings if len(reading.things) == 1)
+    true = fitting_images([text] * 48, 0)
+    assert right >= 38 and spread(random_conv_features(images)) > .6 * spread(random_conv_features(true))
