@@ -10,7 +10,7 @@ __all__ = ['TRAINED', 'Cost', 'transformer_cost', 'linear_cost', 'stage_costs', 
 import ctypes
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -102,6 +102,8 @@ def training_operations(
     stage: str,  # one of TRAINED
 ) -> float:
     "Operations for one sample in a step of training."
+    if stage == 'image-to-text' and config.caption_flow:
+        config = replace(config, flow=config.caption_flow)
     costs, (frozen, learned) = stage_costs(config), TRAINED[stage]
     return sum(costs[name].operations for name in frozen) + 3 * sum(costs[name].operations for name in learned)
 

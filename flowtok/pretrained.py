@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .checkpoints import (FLOWTOK_NAMES, KNOWN_HEADS, ROPE_KEYS, SUFFIXES, build_model, check_rotary, flowtok_config, listed,
                                  read_state, tokenizer_config, tokenizer_names)
 from .config import FlowTokConfig, from_json, to_json
-from .model import FlowTok, save_weights
+from .model import FlowTok, is_training_only, save_weights
 from .pipeline import FlowTokPipeline
 from .text import find_clip
 from .tokenizer import ImageTokenizer
@@ -121,6 +121,8 @@ def load_flowtok(
     state = read_state(path)
     if is_own(state, FlowTok, path):
         config = own_config(path, flow__heads=num_heads, text__projector_heads=projector_num_heads)
+        fresh = FlowTok(config).state_dict()                                     # what only training needs may be missing
+        state = {name: x for name, x in fresh.items() if is_training_only(FlowTok, name)} | state
         return build_model(FlowTok, config, state, {}, path)
     config = flowtok_config(state, path, num_heads, projector_num_heads)
     return build_model(FlowTok, config, state, FLOWTOK_NAMES, path)
