@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_FILE', 'UNSAFE', 'SHARD_CACHE_BYTES', 'shard_cache', 'MAX_CAPTION', 'MAX_PIXELS', 'SHORTEST', 'FORMATS',
-           'IMAGE_FILES', 'find_shards', 'is_remote', 'Header', 'tar_files', 'cached_shard', 'cache_shard',
-           'read_shard', 'parse_shard', 'read_samples', 'Skip', 'note', 'text_of', 'facts_of', 'captions_of', 'to_rgb',
+           'IMAGE_FILES', 'find_shards', 'is_remote', 'Header', 'tar_files', 'parse_shard', 'cached_shard',
+           'cache_shard', 'read_shard', 'read_samples', 'Skip', 'note', 'text_of', 'facts_of', 'captions_of', 'to_rgb',
            'fit_image', 'open_image', 'decode_image', 'to_images', 'to_pixels', 'image_bytes', 'read_moments']
 
 # %% ../nbs/08_data.ipynb #62cc7dae
@@ -85,46 +85,6 @@ def tar_files(
                     yield {'fname': member.name, 'data': tar.extractfile(member).read(), '__url__': shard}
 
 # %% ../nbs/08_data.ipynb #db30ab3f
-SHARD_CACHE_BYTES = 2**28  # of local shards that a process keeps in memory after their first pass
-shard_cache = {}  # (name, bytes, time of the last change) -> samples and faults, the latest used last
-
-
-def cached_shard(key: tuple) -> tuple[list, Counter] | None:
-    "Samples and faults of a shard that is in memory."
-    if key in shard_cache:
-        shard_cache[key] = shard_cache.pop(key)
-    return shard_cache.get(key)
-
-
-def cache_shard(key: tuple, samples: list, faults: Counter):
-    "Keep a shard in memory, and drop those that were used least recently."
-    shard_cache[key] = samples, faults
-    while sum(size for _, size, _ in shard_cache) > SHARD_CACHE_BYTES:
-        del shard_cache[next(iter(shard_cache))]
-
-
-def read_shard(
-    shard: str,  # one of `find_shards`
-    faults: Counter,  # what is wrong with it is counted here
-) -> Iterator[dict]:  # a sample: ending of the file -> bytes, and its __key__
-    "The samples of a shard in order, as many as can be read; a small local shard comes from memory after its first pass."
-    stat = os.stat(shard) if not is_remote(shard) and os.path.isfile(shard) else None
-    if stat is None or stat.st_size > SHARD_CACHE_BYTES // 16:
-        yield from parse_shard(shard, faults)
-        return
-    key = shard, stat.st_size, stat.st_mtime_ns
-    kept = cached_shard(key)
-    if kept is None:
-        kept = [], Counter()
-        for sample in parse_shard(shard, kept[1]):
-            kept[0].append(dict(sample))
-            yield sample
-        cache_shard(key, *kept)
-    else:
-        yield from map(dict, kept[0])
-    faults.update(kept[1])
-
-
 def parse_shard(
     shard: str,  # one of `find_shards`
     faults: Counter,  # what is wrong with it is counted here
@@ -147,6 +107,46 @@ def parse_shard(
         empty = str(error) == 'empty file'
         missing = isinstance(error, OSError) and not found
         faults['shard: empty' if empty else 'shard: missing' if missing else 'shard: broken'] += 1
+
+# %% ../nbs/08_data.ipynb #f0c6e7df
+SHARD_CACHE_BYTES = 2**28  # of local shards that a process keeps in memory after their first pass
+shard_cache = {}  # (name, bytes, time of the last change) -> samples and faults, the latest used last
+
+
+def cached_shard(key: tuple) -> tuple[list, Counter] | None:
+    "Samples and faults of a shard that is in memory."
+    if key in shard_cache:
+        shard_cache[key] = shard_cache.pop(key)
+    return shard_cache.get(key)
+
+
+def cache_shard(key: tuple, samples: list, faults: Counter):
+    "Keep a shard in memory, and drop those that were used least recently."
+    shard_cache[key] = samples, faults
+    while sum(size for _, size, _ in shard_cache) > SHARD_CACHE_BYTES:
+        del shard_cache[next(iter(shard_cache))]
+
+# %% ../nbs/08_data.ipynb #ef7f2ba6
+def read_shard(
+    shard: str,  # one of `find_shards`
+    faults: Counter,  # what is wrong with it is counted here
+) -> Iterator[dict]:  # a sample: ending of the file -> bytes, and its __key__
+    "The samples of a shard in order, as many as can be read; a small local shard comes from memory after its first pass."
+    stat = os.stat(shard) if not is_remote(shard) and os.path.isfile(shard) else None
+    if stat is None or stat.st_size > SHARD_CACHE_BYTES // 16:
+        yield from parse_shard(shard, faults)
+        return
+    key = shard, stat.st_size, stat.st_mtime_ns
+    kept = cached_shard(key)
+    if kept is None:
+        kept = [], Counter()
+        for sample in parse_shard(shard, kept[1]):
+            kept[0].append(dict(sample))
+            yield sample
+        cache_shard(key, *kept)
+    else:
+        yield from map(dict, kept[0])
+    faults.update(kept[1])
 
 
 def read_samples(

@@ -63,11 +63,11 @@ def word_ids(
     "Ids of the words of a caption; ValueError where there is none, or one that is not known."
     words = canonical(caption) if known.keys() == set(WORDS) else split_words(caption)
     if not words:
-        raise ValueError(f"The prompt {caption!r} holds no words. This model knows: {', '.join(known)}.")
+        raise ValueError(f"The prompt {caption!r} holds no words. Known words: {', '.join(known)}.")
     unknown = [word for word in words if word not in known]
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, 3)
-        hint = f"Near words: {', '.join(near)}." if near else f"This model knows: {', '.join(known)}."
+        hint = f"Near words: {', '.join(near)}." if near else f"Known words: {', '.join(known)}."
         raise ValueError(f"The word {unknown[0]!r} is unknown. {hint}")
     return [known[word] for word in words]
 
