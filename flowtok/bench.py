@@ -228,11 +228,13 @@ def compare_training(
             loss = call().item()                                                 # also warms up
             memory = peak_memory(call, device)
             return loss, memory, race({'': call}, device, repeats, warm_up=0)['']
+    from accelerate.state import AcceleratorState
     versions = {'plain loop fp32': (plain_training,)} | {f'training loop {precision}': (our_training, precision) for precision in precisions}
     found = {}
     for name, how in versions.items():
         found[name] = measure(*how)
         gc.collect()                                                             # a prepared stage and its forward hold each other
+    AcceleratorState._reset_state(reset_partial_state=True)                      # who trains next has a precision of its own
     reference = found['plain loop fp32'][0]
     return Comparison({name: times for name, (*_, times) in found.items()},
                       {name: abs(loss / reference - 1) for name, (loss, *_) in found.items() if name.startswith('training')},
