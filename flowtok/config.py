@@ -172,10 +172,15 @@ class SamplingConfig:
     "Default sampling settings."
     steps: int = 20  # of the solver, from a caption to a picture
     guidance: float = 2.  # 1 for none
+    guidance_interval: tuple = field(default=(0., 1.), metadata={'optional': True})  # first and last time of guidance from a caption to an image
     temperature: float = 1.  # factor of the source's noise
     caption_steps: int = 20  # of the solver, from a picture to a caption
     caption_guidance: float = 2.
     schedule: str = 'uniform'  # of the steps: 'uniform', or 'released' as in the authors' code
+
+    def __post_init__(self):
+        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
+            raise ValueError(f"guidance_interval must be two rising times between 0 and 1, got {self.guidance_interval}.")
 
 
 @dataclass(frozen=True)
@@ -201,7 +206,7 @@ presets = {
                    projector_heads=4, projector_hidden=128, projector_dropout=0., align_hidden=128, decoder_depth=2,
                    decoder_width=128, decoder_heads=4),
         FlowConfig(depth=4, width=160, heads=4),
-        SamplingConfig(guidance=1.5, caption_steps=1), SourceConfig('fixed', std=.5, mean_scale=2.),
+        SamplingConfig(guidance=3., guidance_interval=(0., .2), caption_steps=1), SourceConfig('fixed', std=.5, mean_scale=2.),
         caption_flow=FlowConfig(depth=4, width=88, heads=4)),
     's': FlowTokConfig('s', flow=FlowConfig(12, 384, 6)),
     'b': FlowTokConfig('b', flow=FlowConfig(12, 768, 12)),

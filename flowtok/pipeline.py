@@ -202,7 +202,8 @@ def stream(
     text_at_decoding: bool = True,  # False: the decoder sees the tokens alone
     batch_size: int = 64,  # pictures at a time
     temperature: float | None = None,  # of the start: 1 for all its noise, 0 for none; None for the config's
-    **how,  # solver, times, guidance_interval: as `flowtok.flow.sample`
+    guidance_interval: tuple[float, float] | None = None,  # first and last time of guidance; None for the config's
+    **how,  # solver, times: as `flowtok.flow.sample`
 ) -> Iterator:  # of lists or tensors of at most batch_size pictures, in order
     "Pictures for captions, batch by batch: as many captions as there are, in bounded memory."
     if output_type not in OUTPUT_TYPES:
@@ -214,7 +215,8 @@ def stream(
     self.need('tokenizer', 'text-to-image')
     config = self.config.sampling
     how |= dict(num_inference_steps=config.steps if num_inference_steps is None else num_inference_steps,
-                guidance_scale=config.guidance if guidance_scale is None else guidance_scale, schedule=config.schedule)
+                guidance_scale=config.guidance if guidance_scale is None else guidance_scale, schedule=config.schedule,
+                guidance_interval=config.guidance_interval if guidance_interval is None else guidance_interval)
     if isinstance(prompts, (str, Sequence)):
         ids = self.text_encoder.tokenize(as_list(prompts))
         if isinstance(generator, Sequence) and len(generator) != len(ids):

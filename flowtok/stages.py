@@ -286,7 +286,8 @@ def flow_pictures(self, moments: Tensor, ids: Tensor) -> Tensor | None:  # (b, 3
         return None
     start, how = self.trained.project(self.features(ids)), self.run.config.sampling
     z = start.mean + how.temperature * start.std * torch.randn_like(start.mean)
-    z = sample(self.trained.velocity, z, num_inference_steps=how.steps, guidance_scale=how.guidance)
+    z = sample(self.trained.velocity, z, num_inference_steps=how.steps, guidance_scale=how.guidance,
+               guidance_interval=how.guidance_interval)
     return self.tokenizer.decode(self.tokenizer.from_flow(z))
 
 

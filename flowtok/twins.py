@@ -243,11 +243,12 @@ class Twin:
         generator: torch.Generator,  # of the start
         num_inference_steps: int = 20,
         guidance_scale: float = 2.,
+        guidance_interval: tuple[float, float] = (0., 1.),  # first and last time of guidance
     ) -> Tensor:  # latents of pictures, (b, k, d)
         "Pictures' latents for captions."
         tokens = self.network.config.tokenizer
         noise = torch.randn((len(features), tokens.num_tokens, tokens.token_dim), generator=generator).to(features.device)
-        how = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+        how = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, guidance_interval=guidance_interval)
         if self.kind.startswith('source'):
             start = self.network.project(features)
             return sample(self.network.velocity, start.mean + self.temperature * start.std * noise, **how)
