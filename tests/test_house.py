@@ -14,9 +14,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from readme import markdown, root
 
-nbs = sorted((root/'nbs').glob('*.ipynb'))
-chapters = [p for p in nbs if re.match(r'\d\d[a-z]?_', p.name)]
-run_notebooks = [p for p in nbs if p not in chapters and p.stem != 'index']
+nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+packages = 'config files flow models losses data training pipeline pretrained evaluation experiments speed'.split()  # each imports those before it
 
 
 def cells(path, kind='code'):
@@ -26,14 +25,18 @@ def cells(path, kind='code'):
 def source(cell): return ''.join(cell['source'])
 
 
-def module(path):
-    "The module a chapter exports"
-    found = [m[1] for c in cells(path) if (m := re.search(r'(?m)^#\|\s*default_exp\s+(\w+)', source(c)))]
-    assert len(found) == 1, f'{path.name} must have one #| default_exp, it has {found}'
-    return found[0]
+def exported(path):
+    "The modules that a notebook exports"
+    return [m[1] for c in cells(path) if (m := re.search(r'(?m)^#\|\s*default_exp\s+([\w.]+)', source(c)))]
 
 
-number = {module(p): p.stem.split('_')[0] for p in chapters}  # as text: '06' < '06a' < '07'
+def ident(path): return path.relative_to(root/'nbs').with_suffix('').as_posix()
+
+
+chapters = [p for p in nbs if exported(p)]
+run_notebooks = [p for p in nbs if p not in chapters and p.stem != 'index']
+module = {p: exported(p)[0] for p in chapters}
+order = {m: (packages.index(m.split('.')[0]), p.stem) for p, m in module.items()}  # of packages, then of the numbers inside one
 
 
 def run(*command, **kwargs):
@@ -47,20 +50,22 @@ def run(*command, **kwargs):
 def copy(tmp_path):
     "What nbdev reads, in a folder of its own"
     for name in ('settings.ini', 'pyproject.toml'): shutil.copy(root/name, tmp_path)
-    (tmp_path/'nbs').mkdir()
-    for p in nbs: shutil.copy(p, tmp_path/'nbs')
+    for p in nbs:
+        to = tmp_path/p.relative_to(root)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(p, to)
     return tmp_path
 
 
 def contents(folder, pattern):
-    return {p.name: p.read_text(encoding='utf-8') for p in folder.glob(pattern)}
+    return {p.relative_to(folder).as_posix(): p.read_text(encoding='utf-8') for p in folder.glob(pattern)}
 
 
 # modules ---------------------------------------------------------------------------------------------------
 
 def test_modules_are_what_the_chapters_export(copy):
     run('-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()', cwd=copy)
-    ours, exported = contents(root/'flowtok', '*.py'), contents(copy/'flowtok', '*.py')
+    ours, exported = contents(root/'flowtok', '**/*.py'), contents(copy/'flowtok', '**/*.py')
     assert sorted(ours) == sorted(exported)
     changed = [name for name in ours if ours[name] != exported[name]]
     assert not changed, f'{changed} are not what nbdev_export writes: edit the notebook and export again'
@@ -75,7 +80,9 @@ def imported(tree):
     for node in ast.walk(tree):
         names = [a.name for a in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
         if isinstance(node, ast.ImportFrom): names = [f'{node.module}.{name}' for name in names]
-        yield from (name.split('.')[1] for name in names if name.startswith('flowtok.'))
+        for name in names:
+            parts = name.split('.')[1:] if name.startswith('flowtok.') else []
+            yield from [m for n in (1, 2) if (m := '.'.join(parts[:n])) in order][:1] or ['.'.join(parts)] * bool(parts)
 
 
 def code(path):
@@ -84,16 +91,19 @@ def code(path):
     return ast.parse('\n'.join(TransformerManager().transform_cell(source(c)) for c in cells(path)))
 
 
-@pytest.mark.parametrize('path', chapters, ids=lambda p: p.stem)
-def test_chapters_import_lower_numbers_only(path):
-    own = path.stem.split('_')[0]
-    wrong = {m for m in imported(code(path)) if m not in number or number[m] >= own}
-    assert not wrong, f'{path.name} imports {sorted(wrong)}: a chapter uses only chapters with lower numbers'
+@pytest.mark.parametrize('path', chapters, ids=ident)
+def test_chapters_import_what_comes_before_them(path):
+    wrong = {m for m in imported(code(path)) if m not in order or order[m] >= order[module[path]]}
+    assert not wrong, f'{ident(path)} imports {sorted(wrong)}: packages import in the order {", ".join(packages)}, chapters of one package in that of their numbers'
 
 
-def test_every_chapter_has_its_own_number():
-    assert len(set(number.values())) == len(chapters)
-    assert all(p.stem.split('_', 1)[1] == module(p) for p in chapters)
+@pytest.mark.parametrize('path', chapters, ids=ident)
+def test_chapters_and_modules_have_the_same_place(path):
+    assert len(exported(path)) == 1
+    package, name = path.parent.relative_to(root/'nbs').parts, path.stem
+    if package: number, name = name.split('_', 1); assert re.fullmatch(r'\d\d', number)
+    assert '.'.join([*package, name]) == module[path]
+    assert not [p for p in path.parent.glob(f'{path.stem[:3]}*.ipynb') if package and p != path], 'two chapters have one number'
 
 
 # light imports ---------------------------------------------------------------------------------------------
@@ -134,7 +144,7 @@ def import_with(packages, modules):
 
 
 def test_networks_need_torch_alone():
-    light = [f'flowtok.{m}' for m, n in number.items() if n < '07']
+    light = [f'flowtok.{m}' for m in order if m.split('.')[0] in ('config', 'files', 'flow', 'models', 'losses')]
     import_with(needed_by('torch', 'numpy'), ['flowtok', *light])
 
 
@@ -145,11 +155,11 @@ def test_sizes_need_nothing(): assert 'torch' not in import_with([], ['flowtok',
 
 def test_notebooks_are_clean(copy):
     run('-c', 'from nbdev.clean import nbdev_clean; nbdev_clean()', cwd=copy)
-    unclean = [p.name for p in nbs if p.read_bytes() != (copy/'nbs'/p.name).read_bytes()]
+    unclean = [ident(p) for p in nbs if p.read_bytes() != (copy/p.relative_to(root)).read_bytes()]
     assert not unclean, f'run nbdev_clean: {unclean}'
 
 
-@pytest.mark.parametrize('path', nbs, ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', nbs, ids=ident)
 def test_notebooks_are_fit_to_read(path):
     assert path.stat().st_size < 300_000, f'{path.name} has {path.stat().st_size} bytes'
     outputs = [o for c in cells(path) for o in c['outputs']]
@@ -162,14 +172,14 @@ def test_notebooks_are_fit_to_read(path):
     assert not re.findall(r'/(?:home|root|work|tmp|Users)/\S*', text)
 
 
-@pytest.mark.parametrize('path', run_notebooks, ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', run_notebooks, ids=ident)
 def test_run_notebooks_take_parameters(path):
     assert [c for c in cells(path) if 'parameters' in c['metadata'].get('tags', [])], 'no cell tagged parameters'
 
 
 def test_map_of_the_book_names_every_chapter():
     text = markdown()
-    missing = [p.name for p in chapters + run_notebooks if f'](nbs/{p.name})' not in text]
+    missing = [ident(p) for p in chapters + run_notebooks if f'](nbs/{ident(p)}.ipynb)' not in text]
     assert not missing, f'nbs/index.ipynb does not link to {missing}'
 
 

@@ -12,7 +12,7 @@ from readme import root
 
 from flowtok.config import preset, stages
 from flowtok.pipeline import FlowTokPipeline
-from flowtok.results import read_record
+from flowtok.experiments.records import read_record
 
 smoke = {'train': {'anywhere': 1}, 'cluster': {'seconds': .1, 'samples': 500, 'scale': 'tiny', 'budgets': ''}, 'quickstart': {'steps': 4, 'samples': 32, 'num_inference_steps': 2},
          'solvers': {'n': 4, 'most': 3, 'fine': 6},
@@ -24,7 +24,7 @@ smoke = {'train': {'anywhere': 1}, 'cluster': {'seconds': .1, 'samples': 500, 's
 
 
 def papermill(name, folder, *words):
-    return subprocess.run([sys.executable, '-m', 'papermill', str(root / 'nbs' / f'{name}.ipynb'), str(folder / 'run.ipynb'),
+    return subprocess.run([sys.executable, '-m', 'papermill', str(next((root / 'nbs').rglob(f'{name}.ipynb'))), str(folder / 'run.ipynb'),
                            *words], cwd=folder, capture_output=True, text=True)
 
 
@@ -61,7 +61,7 @@ def test_train_on_a_folder_of_your_own_pictures(tmp_path):
         (tmp_path / f'{i}.jpg').write_bytes(picture(70 + i, 90, seed=i, kind='jpeg'))
         (tmp_path / f'{i}.txt').write_text(f'my picture {i} of a red something')
     (tmp_path / '5.jpg').write_bytes(b'no picture')
-    done = subprocess.run([sys.executable, '-m', 'flowtok.shards', 'folder', '.', 'shards'], cwd=tmp_path, capture_output=True)
+    done = subprocess.run([sys.executable, '-m', 'flowtok.data.convert', 'folder', '.', 'shards'], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (tmp_path / 'list.json').write_text('[{"shards": "shards/*.tar", "min_side": 64}, {"shards": "shards/{00000..00001}.tar"}]')
     done = papermill('train', tmp_path, '-p', 'data', str(tmp_path / 'list.json'), '-p', 'prompts', '0')

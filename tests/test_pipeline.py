@@ -11,7 +11,7 @@ from PIL import Image
 import flowtok.pipeline
 from flowtok.config import preset
 from flowtok.pipeline import FlowTokPipeline, embedded_weights
-from flowtok.scenes import captions, draw_scene, render
+from flowtok.data.shapes import captions, draw_scene, render
 
 
 @pytest.fixture(scope='module')

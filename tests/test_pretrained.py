@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flowtok.checkpoints import (FLOWTOK_NAMES, KNOWN_HEADS, ROPE_KEYS, TOKEN_BUFFERS, flowtok_config, read_state,
+from flowtok.models.released import (FLOWTOK_NAMES, KNOWN_HEADS, ROPE_KEYS, TOKEN_BUFFERS, flowtok_config, read_state,
                                  released_shape, rename, tokenizer_config, tokenizer_names)
 from flowtok.config import FlowConfig, FlowTokConfig, SamplingConfig, TextConfig, TokenizerConfig, from_json, preset
-from flowtok.flow import sample
-from flowtok.model import FlowTok
+from flowtok.flow.solver import sample
+from flowtok.models.flowtok import FlowTok
 from flowtok.pipeline import FlowTokPipeline, embedded_weights
 from flowtok.pretrained import convert, load_flowtok, load_tokenizer, released_pipeline
-from flowtok.text import text_encoder
-from flowtok.tokenizer import ImageTokenizer
+from flowtok.models.text import text_encoder
+from flowtok.models.tokenizer import ImageTokenizer
 
 goldens = Path(__file__).parent / 'goldens'
 flow_file = goldens / 'flowtok_nano' / 'FlowTok-nano.safetensors'

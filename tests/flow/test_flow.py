@@ -1,0 +1,312 @@
+"The flow's mathematics: closed forms, an independent ODE solver, and the numbers of the authors' code."
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flowtok.flow.path import draw_indicator, exchange_targets, interpolate, sample_time, time_kinds, velocity_target
+from flowtok.flow.solver import fit_grid, given_grid, guide, offsets, sample, schedules, solvers, time_grid
+
+goldens = Path(__file__).parents[1] / 'goldens' / 'flowtok_nano'
+
+
+@pytest.fixture(scope='module')
+def golden():
+    return load_file(goldens / 'golden.safetensors')
+
+
+@pytest.fixture(scope='module')
+def tolerance():
+    return json.loads((goldens / 'golden.json').read_text())['tolerance']
+
+
+def swirl(x, t, indicator):
+    "A field that depends on place, time and indicator, with no simple solution."
+    t = t.reshape(-1, 1, 1)
+    return torch.sin(3 * x.flip(-1) + t) + t * x + 0.3 * indicator.reshape(-1, 1, 1)
+
+
+@pytest.fixture
+def start():
+    return torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+# the authors' numbers
+
+@pytest.mark.parametrize('n', [1, 4, 20])
+def test_released_grid_is_the_authors(golden, tolerance, n):
+    times, steps = time_grid(n, 'released')
+    assert times.dtype == steps.dtype == torch.float32
+    assert (times - golden[f'euler{n}_t']).abs().max() <= tolerance['euler_t']
+    assert (steps - golden[f'euler{n}_dt']).abs().max() <= tolerance['euler_dt']
+
+
+@pytest.mark.parametrize('n', [1, 4, 20])
+def test_sampler_asks_at_the_released_times(golden, tolerance, n):
+    asked = []
+
+    def velocity(x, t, indicator):
+        asked.append(t)
+        assert indicator.tolist() == [0, 0, 1, 1] and indicator.dtype == torch.long
+        return torch.ones_like(x)
+
+    end = sample(velocity, torch.zeros(2, 77, 16), num_inference_steps=n, schedule='released')
+    assert len(asked) == n and all((t == t[0]).all() for t in asked)
+    assert (torch.stack(asked)[:, 0] - golden[f'euler{n}_t']).abs().max() <= tolerance['euler_t']
+    assert torch.allclose(end, golden[f'euler{n}_dt'].sum().expand_as(end), atol=1e-6)
+
+
+def test_exchange_and_path_are_the_authors(golden, tolerance):
+    indicator, x1 = golden['train_null_indicator'], golden['train_x1']
+    exchanged = exchange_targets(x1, indicator)
+    assert torch.equal(exchanged, golden['train_null_target_image'])
+    x_t = interpolate(golden['text_z'], exchanged, golden['train_t'], sigma_min=1e-5)
+    # a path with sigma_min = 0 is about 1e-5 away, hence tighter than the default tolerance
+    assert (x_t - golden['train_null_x_t']).abs().max() <= 1e-6 * golden['train_null_x_t'].abs().max()
+    assert torch.equal(exchange_targets(x1, golden['train_plain_indicator']), x1)
+
+
+# path, velocity, indicator
+
+@pytest.mark.parametrize('sigma_min', [0., 1e-5, 0.1])
+def test_velocity_is_the_derivative_of_the_path(start, sigma_min):
+    x1, t = start.flip(0), torch.tensor([0., 0.3, 0.9], dtype=torch.float64)
+    difference = interpolate(start, x1, t + 0.05, sigma_min) - interpolate(start, x1, t, sigma_min)
+    assert torch.allclose(difference / 0.05, velocity_target(start, x1, sigma_min))
+
+
+def test_gradients_reach_both_ends(start):
+    x0, x1 = start.clone().requires_grad_(), start.flip(0).requires_grad_()
+    (interpolate(x0, x1, torch.full((3,), 0.25)).sum() + velocity_target(x0, x1).sum()).backward()
+    assert torch.allclose(x0.grad, torch.full_like(start, 0.75 - 1))
+    assert torch.allclose(x1.grad, torch.full_like(start, 0.25 + 1))
+
+
+@pytest.mark.parametrize('flags', [[0, 0, 0, 0, 0], [0, 1, 0, 0, 1], [1, 1, 1, 1, 1], [0, 0, 1, 0, 0]])
+def test_exchange_permutes_the_null_targets(flags):
+    x1, indicator = torch.arange(5.), torch.tensor(flags)
+    exchanged = exchange_targets(x1, indicator)
+    assert sorted(exchanged.tolist()) == x1.tolist()
+    assert torch.equal(exchanged[indicator == 0], x1[indicator == 0])
+    if sum(flags) > 1:
+        assert (exchanged != x1)[indicator == 1].all()
+    assert torch.equal(x1, torch.arange(5.))
+
+
+def test_indicator_is_never_alone():
+    generator = torch.Generator().manual_seed(0)
+    counts = {int(draw_indicator(6, 0.2, generator).sum()) for _ in range(300)}
+    assert 1 not in counts and {0, 2, 3} <= counts
+    assert draw_indicator(4, 1.).all() and not draw_indicator(4, 0.).any() and not draw_indicator(1, 1.).any()
+
+
+# time
+
+def test_logit_normal_is_the_sigmoid_of_a_normal():
+    t = sample_time(50_000, generator=torch.Generator().manual_seed(0))
+    assert abs(t.logit().mean()) < 0.02 and abs(t.logit().std() - 1) < 0.02 and 0 < t.min() and t.max() < 1
+
+
+def test_mixture_puts_its_share_at_zero():
+    generator = torch.Generator().manual_seed(0)
+    t = sample_time(20_000, 'mixture', p_start=0.3, generator=generator)
+    assert abs((t == 0).float().mean() - 0.3) < 0.02 and abs(t[t > 0].mean() - 0.5) < 0.02
+    assert (sample_time(9, 'mixture', p_start=1., generator=generator) == 0).all()
+    cubes = sample_time(20_000, 'mixture', p_start=0., power=3., generator=generator)
+    assert abs((cubes < 0.001).float().mean() - 0.1) < 0.02 and cubes.max() <= 1      # u < 0.1
+
+
+@pytest.mark.parametrize('kind', time_kinds)
+def test_times_repeat_with_the_generator(kind):
+    first, second = (sample_time(50, kind, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, second) and first.shape == (50,) and first.dtype == torch.float32
+
+
+# solvers
+
+@pytest.mark.parametrize('solver', solvers)
+def test_constant_field_is_exact_in_one_step(start, solver):
+    end = sample(lambda x, t, i: torch.full_like(x, 2.5), start, num_inference_steps=1, solver=solver)
+    assert torch.allclose(end, start + 2.5)
+
+
+@pytest.mark.parametrize('solver, order', [('euler', 1), ('midpoint', 2), ('heun', 2), ('ab2', 2)])
+def test_order_of_convergence(start, solver, order):
+    def grow(x, t, indicator):
+        return x * (1 + t.reshape(-1, 1, 1))
+
+    exact = start * torch.tensor(1.5, dtype=torch.float64).exp()
+    errors = [(sample(grow, start, num_inference_steps=n, solver=solver) - exact).abs().max() for n in (40, 80)]
+    assert abs((errors[0] / errors[1]).log2() - order) < 0.1
+
+
+@pytest.mark.parametrize('solver, oracle', [('euler', 'euler'), ('midpoint', 'midpoint'), ('heun', 'heun2')])
+def test_solvers_agree_with_torchdiffeq(start, solver, oracle):
+    odeint = pytest.importorskip('torchdiffeq').odeint
+    zeros = torch.zeros(3, dtype=torch.long)
+    grid = torch.linspace(0, 1, 8, dtype=torch.float64)
+    expected = odeint(lambda t, x: swirl(x, t.expand(3), zeros), start, grid, method=oracle)
+    path = sample(swirl, start, num_inference_steps=7, guidance_scale=1, solver=solver, return_path=True)
+    assert path.shape == (8, 3, 5, 4) and torch.allclose(path, expected, atol=1e-12)
+
+
+def test_guided_flow_agrees_with_an_adaptive_solver(start):
+    odeint = pytest.importorskip('torchdiffeq').odeint
+    zeros, ones = torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.long)
+
+    def field(t, x):
+        return guide(swirl(x, t.expand(3), zeros), swirl(x, t.expand(3), ones), 3.)
+
+    expected = odeint(field, start, torch.tensor([0., 1.], dtype=torch.float64), rtol=1e-9, atol=1e-9)[-1]
+    end = sample(swirl, start, num_inference_steps=200, guidance_scale=3., solver='heun')
+    assert torch.allclose(end, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize('solver', ['midpoint', 'heun', 'ab2'])
+def test_order_on_an_uneven_grid(start, solver):
+    exact = start * torch.tensor(1.5, dtype=torch.float64).exp()
+    errors = [(sample(lambda x, t, i: x * (1 + t.reshape(-1, 1, 1)), start, solver=solver, times=(torch.arange(n + 1) / n).double() ** 1.5)
+               - exact).abs().max() for n in (40, 80)]
+    assert abs((errors[0] / errors[1]).log2() - 2) < 0.15
+
+
+def test_two_step_method_is_the_textbook_one(start):
+    "x + h (3/2 v - 1/2 v'), after an Euler step."
+    def velocity(x): return swirl(x, torch.tensor(0.), torch.zeros(3))
+    expected, before = start, None
+    for _ in range(5):
+        v = velocity(expected)
+        expected, before = expected + .2 * (v if before is None else 1.5 * v - .5 * before), v
+    end = sample(lambda x, t, i: velocity(x), start, num_inference_steps=5, guidance_scale=1, solver='ab2')
+    assert torch.allclose(end, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('solver', solvers)
+def test_given_times_equal_the_uniform_ones(start, solver):
+    ends = [sample(swirl, start, solver=solver, **how) for how in (dict(num_inference_steps=4), dict(times=(0., .25, .5, .75, 1.)))]
+    assert torch.equal(*ends) and torch.equal(given_grid((0, .5, 1))[1], torch.full((2,), .5))
+
+
+@pytest.mark.parametrize('order', [1, 2])
+def test_a_fitted_grid_follows_the_bend_and_a_straight_path_gets_equal_steps(start, order):
+    def late(x, t, i): return torch.exp(8 * (t - 1)).reshape(-1, 1, 1) * torch.ones_like(x)
+    def path(velocity): return sample(velocity, start, num_inference_steps=100, solver='heun', return_path=True)
+    grid = fit_grid(path(late), 10, order)
+    given_grid(grid)
+    assert len(grid) == 11 and sum(t > .75 for t in grid[:-1]) >= 4
+    straight = fit_grid(path(lambda x, t, i: torch.zeros_like(x)), 4, order)
+    assert max(abs(a - i / 4) for i, a in enumerate(straight)) < 1e-9
+
+
+@pytest.mark.parametrize('solver', solvers)
+def test_a_velocity_that_prepares_is_told_all_times_and_asked_in_order(start, solver):
+    class Prepared:
+        def prepare(self, times):
+            self.told = times.tolist()
+            for t in times:
+                yield lambda x, indicators, t=t: swirl(x, t, torch.arange(indicators).repeat_interleave(len(x) // indicators))
+
+    velocity = Prepared()
+    for interval in ((0., 1.), (.3, .7)):
+        how = dict(num_inference_steps=6, solver=solver, guidance_interval=interval)
+        assert torch.allclose(sample(velocity, start, **how), sample(swirl, start, **how), atol=1e-12)
+    assert len(velocity.told) == 6 * len(offsets[solver]) and velocity.told[-1] <= 1
+
+
+# sampling
+
+def test_the_multistep_solver_forgets_where_guidance_ends(start):
+    def velocity(x, t, indicator): return torch.where(indicator[:, None, None].bool(), 1., 2.).to(x) + 0 * x
+    path = sample(velocity, start, num_inference_steps=4, solver='ab2', guidance_scale=3., guidance_interval=(.25, .5), return_path=True)
+    moved = path.diff(dim=0)[:, 0, 0, 0] * 4
+    assert torch.allclose(moved, torch.tensor([2., 4., 4., 2.], dtype=moved.dtype))
+
+
+def test_guidance_only_within_its_interval(start):
+    seen = []
+
+    def velocity(x, t, indicator):
+        seen.append((round(t[0].item(), 2), len(x)))
+        return x
+
+    sample(velocity, start, num_inference_steps=4, guidance_interval=(.25, .5))
+    assert seen == [(0., 3), (.25, 6), (.5, 6), (.75, 3)]
+    whole = sample(swirl, start, guidance_interval=(0., 1.))
+    assert torch.equal(whole, sample(swirl, start)) and not torch.allclose(whole, sample(swirl, start, guidance_interval=(0., .5)))
+
+
+def test_one_batch_of_two_halves_and_none_without_guidance(start):
+    seen = []
+
+    def velocity(x, t, indicator):
+        seen.append((len(x), len(t), indicator.tolist()))
+        return x
+
+    sample(velocity, start, num_inference_steps=2)
+    assert seen == [(6, 6, [0, 0, 0, 1, 1, 1])] * 2
+    seen.clear()
+    sample(velocity, start, num_inference_steps=2, guidance_scale=1)
+    assert seen == [(3, 3, [0, 0, 0])] * 2
+
+
+def test_guidance_scales(start):
+    def ends(s):
+        return sample(lambda x, t, i: 1. + i.reshape(-1, 1, 1) + 0 * x, start, guidance_scale=s) - start
+
+    assert torch.allclose(ends(1), torch.ones_like(start)) and torch.allclose(ends(0), 2 * torch.ones_like(start))
+    assert torch.allclose(ends(3), -torch.ones_like(start))
+
+
+def test_sampling_computes_no_gradients(start):
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    assert not sample(lambda x, t, i: weight * x, start.requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_number_format_is_kept_and_time_is_never_half(dtype):
+    def velocity(x, t, indicator):
+        assert x.dtype == dtype and t.dtype == torch.promote_types(dtype, torch.float32)
+        return torch.full_like(x, 0.1)
+
+    path = sample(velocity, torch.ones(2, 3, 4, dtype=dtype), num_inference_steps=50, return_path=True)
+    assert path.dtype == dtype and torch.allclose(path[-1].double(), torch.tensor(1.1).double(), atol=4e-3)
+
+
+def test_start_is_left_alone_and_path_ends_at_the_end(start):
+    before = start.clone()
+    path, end = sample(swirl, start, return_path=True), sample(swirl, start)
+    assert torch.equal(start, before) and torch.equal(path[0], start) and torch.equal(path[-1], end)
+
+
+@pytest.mark.parametrize('steps', [1, 3, 50])
+def test_uniform_grid_is_where_the_state_is(steps):
+    times, lengths = time_grid(steps, dtype=torch.float64)
+    assert torch.allclose(lengths.cumsum(0) - lengths, times) and torch.isclose(lengths.sum(), torch.ones(()).double())
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (dict(solver='rk4'), "Solver 'rk4' is unknown: choose one of euler, midpoint, heun, ab2."),
+    (dict(schedule='karras'), "Schedule 'karras' is unknown: choose one of uniform, released."),
+    (dict(schedule='released', solver='midpoint'), "use solver 'euler' with it, not 'midpoint'"),
+    (dict(num_inference_steps=0), 'at least 1, got 0'),
+    (dict(num_inference_steps=1.5), 'whole number'),
+    (dict(guidance_scale=float('inf')), 'finite number'),
+    (dict(times=[0., .5]), r'times must rise from 0 to 1, as \(0, 0.5, 1\), got \(0.0, 0.5\)'),
+    (dict(times=[0., .5, .5, 1.]), 'times must rise'),
+    (dict(guidance_interval=(.6, .5)), 'two rising times between 0 and 1'),
+])
+def test_bad_sampling_arguments(start, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sample(lambda *a: pytest.fail('the network was asked'), start, **arguments)
+
+
+def test_other_bad_arguments():
+    with pytest.raises(ValueError, match='one shape'):
+        interpolate(torch.zeros(2, 77, 16), torch.zeros(2, 1, 16), torch.zeros(2))
+    with pytest.raises(ValueError, match='choose one of logit_normal, uniform, mixture'):
+        sample_time(3, 'cosine')
+    with pytest.raises(ValueError, match='between 0 and 1, got 1.5'):
+        sample_time(3, 'mixture', p_start=1.5)
+    assert schedules == ('uniform', 'released')

@@ -1,0 +1,302 @@
+"The objective's terms: definitions written out a second time, every ablation, and the numbers of the authors' code."
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from flowtok.flow.path import exchange_targets
+from flowtok.losses.objective import (ObjectiveConfig, TokenizerObjectiveConfig, align_losses, align_targets, alignment_loss,
+                               caption_cross_entropy, direction_loss, edge_map, flow_matching_loss, flow_terms, image_to_text_terms,
+                               kl_loss, kl_losses, loss_by_time_bin, pool_target, reconstruction_loss,
+                               released_kl_loss, source_levels, text_to_image_terms, tokenizer_terms, total)
+
+goldens = Path(__file__).parents[1] / 'goldens' / 'flowtok_nano'
+
+
+class Model(nn.Module):
+    "The smallest thing with the methods that the objective calls; it counts the calls."
+
+    def __init__(self, c=12, d=4):
+        super().__init__()
+        self.projector, self.target = nn.Linear(c, 2 * d), nn.Linear(c, d)
+        self.net, self.temperature = nn.Linear(d + 2, d), nn.Parameter(torch.tensor(1.))
+        self.calls = []
+
+    def velocity(self, x, t, indicator):
+        self.calls.append('velocity')
+        assert indicator.dtype == torch.long
+        extra = torch.stack([t, indicator.to(t)], 1)[:, None].expand(-1, x.shape[1], -1)
+        return self.net(torch.cat([x, extra], 2))
+
+    def project(self, text_features):
+        self.calls.append('project')
+        mean, logvar = self.projector(text_features).chunk(2, -1)
+        return SimpleNamespace(mean=mean, logvar=logvar, sample=lambda generator: mean + (logvar / 2).exp()
+                               * torch.randn(mean.shape, generator=generator))
+
+    def alignment_target(self, text_features):
+        self.calls.append('alignment_target')
+        return self.target(text_features)
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(8, 5, 12, generator=generator), torch.randn(8, 5, 4, generator=generator)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Model()
+
+
+# the authors' numbers
+
+def test_released_kl_is_the_authors(golden, described):
+    kl = described['loss_weights']['kl'] * released_kl_loss(golden['text_mu'], golden['text_logvar'])
+    for name in ('train_plain_kl', 'train_null_kl'):
+        assert abs(kl - golden[name]) <= described['tolerance']['kl'] * max(1, golden[name])
+
+
+def test_contrastive_is_the_authors(golden, described):
+    temperature = load_file(goldens / 'FlowTok-nano.safetensors')['t2t_temperature']
+    align = alignment_loss(golden['text_z'], golden['context_projector'], temperature)
+    for name in ('train_plain_contrastive', 'train_null_contrastive'):
+        assert abs(align - golden[name]) <= described['tolerance']['contrastive'] * max(1, golden[name])
+
+
+@pytest.mark.parametrize('case', ['plain', 'null'])
+def test_total_adds_up_to_the_authors_loss(golden, described, case):
+    temperature = load_file(goldens / 'FlowTok-nano.safetensors')['t2t_temperature']
+    terms = {'flow': golden[f'train_{case}_flow_mse'],
+             'kl': released_kl_loss(golden['text_mu'], golden['text_logvar']),
+             'align': alignment_loss(golden['text_z'], golden['context_projector'], temperature)}
+    loss = total(terms, ObjectiveConfig(source='released_kl', kl_weight=described['loss_weights']['kl']).weights)
+    expected = golden[f'train_{case}_loss'].mean()
+    assert abs(loss - expected) <= described['tolerance']['default'] * expected
+
+
+def test_flow_loss_asks_at_the_authors_points(golden):
+    x1 = exchange_targets(golden['train_x1'], golden['train_null_indicator'])
+    asked = []
+    flow_matching_loss(lambda x, t, i: asked.append((x, t, i)) or torch.zeros_like(x), golden['text_z'], x1,
+                       golden['train_t'], golden['train_null_indicator'], sigma_min=1e-5)
+    (x, t, indicator), = asked
+    assert (x - golden['train_null_x_t']).abs().max() <= 1e-6 * golden['train_null_x_t'].abs().max()
+    assert torch.equal(t, golden['train_t']) and indicator.tolist() == [1, 0, 1, 1]
+
+
+# single terms
+
+def test_flow_loss_is_zero_for_the_true_velocity(batch):
+    x0, x1 = batch[1], batch[1].flip(0)
+    exact = flow_matching_loss(lambda x, t, i: x1 - 0.9 * x0, x0, x1, torch.rand(8), torch.zeros(8), sigma_min=0.1)
+    off = flow_matching_loss(lambda x, t, i: x1 - x0 + 2, x0, x1, torch.rand(8), torch.zeros(8))
+    assert torch.equal(exact, torch.zeros(8)) and torch.allclose(off, torch.full((8,), 4.))
+
+
+def test_kl_is_the_divergence_of_gaussians():
+    mean, logvar = torch.randn(2, 3, 5, 4)
+    normal = torch.distributions.Normal(0, 1)
+    expected = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (logvar / 2).exp()), normal)
+    assert torch.isclose(kl_loss(mean, logvar), expected.sum((1, 2)).mean())
+    assert torch.isclose(kl_loss(mean.repeat(4, 1, 1), logvar.repeat(4, 1, 1)), kl_loss(mean, logvar))
+    assert torch.isclose(released_kl_loss(mean.repeat(4, 1, 1), logvar.repeat(4, 1, 1)),
+                         4 * released_kl_loss(mean, logvar))
+
+
+def test_contrastive_written_out():
+    z, target, tau = torch.randn(6, 5, 4), torch.randn(6, 5, 4), torch.tensor(1.3)
+    scores = torch.stack([torch.stack([F.cosine_similarity(a.flatten(), b.flatten(), 0) for b in target]) for a in z])
+    scores = tau.exp() * scores
+    rows, columns = scores.log_softmax(1).diag().mean(), scores.log_softmax(0).diag().mean()
+    assert torch.isclose(alignment_loss(z, target, tau), -(rows + columns) / 2)
+
+
+def test_cosine_stops_at_the_margin():
+    z = torch.randn(4, 5, 4)
+    target = z.clone().requires_grad_()
+    alignment_loss(z, target, torch.tensor(0.), 'cosine', margin=0.9).backward()
+    assert (target.grad == 0).all()
+    assert torch.isclose(alignment_loss(z, -z, torch.tensor(0.), 'cosine', margin=0.5), torch.tensor(1.5))
+
+
+def test_temperature_is_learned_by_the_contrastive_loss_alone():
+    z, target, tau = torch.randn(6, 5, 4), torch.randn(6, 5, 4), torch.tensor(1., requires_grad=True)
+    alignment_loss(z, target, tau).backward()
+    assert tau.grad != 0
+    assert not alignment_loss(z, target, tau, 'cosine').requires_grad
+
+
+def test_alignment_is_exact_under_autocast():
+    z, target, tau = torch.randn(16, 5, 4), torch.randn(16, 5, 4), torch.tensor(4.)
+    with torch.autocast('cpu', torch.bfloat16):
+        inside = alignment_loss(z, target, tau)
+    assert torch.equal(inside, alignment_loss(z, target, tau))
+
+
+@pytest.mark.parametrize('c, d', [(768, 16), (12, 4), (10, 4)])
+def test_pool_keeps_the_shape_and_the_mean(c, d):
+    features = torch.randn(2, 5, c)
+    pooled = pool_target(features, d)
+    assert pooled.shape == (2, 5, d)
+    if c % d == 0:
+        assert torch.allclose(pooled, features.reshape(2, 5, d, c // d).mean(3), atol=1e-6)
+
+
+# the terms of a batch
+
+@pytest.mark.parametrize('kl_weight, align_weight, target, loss, kl', list(itertools.product(
+    (0., 1e-4), (0., 1., 2.), align_targets, align_losses, kl_losses)))
+def test_every_ablation_runs(model, batch, kl_weight, align_weight, target, loss, kl):
+    objective = ObjectiveConfig(kl_weight=kl_weight, align_weight=align_weight, align_target=target, align_loss=loss,
+                                source=kl, margin=0.8)
+    terms = text_to_image_terms(model, *batch, objective=objective)
+    assert ('kl' in terms) == (kl_weight > 0) and ('align' in terms) == (align_weight > 0)
+    assert ('alignment_target' in model.calls) == (align_weight > 0 and target == 'mlp')
+    value = total(terms, objective.weights)
+    value.backward()
+    assert value.shape == () and value.isfinite()
+    assert model.projector.weight.grad.abs().sum() > 0 and model.net.weight.grad.abs().sum() > 0
+
+
+def test_one_path_for_both_directions(model, batch):
+    text, images = batch[1], batch[1].flip(0)
+    objective = ObjectiveConfig(time_sampling='mixture', indicator_probability=0.5)
+    both = [terms(model, images, text, objective=objective, generator=torch.Generator().manual_seed(1))
+            for terms in (flow_terms, image_to_text_terms)]
+    assert all(torch.equal(both[0][name], both[1][name]) for name in both[0]) and set(both[0]) == set(both[1])
+    assert model.calls == ['velocity', 'velocity']
+
+
+def test_flow_reaches_the_projector_through_the_path_and_the_target(model, batch):
+    bare = ObjectiveConfig(kl_weight=0, align_weight=0)
+    text_to_image_terms(model, *batch, objective=bare)['flow'].mean().backward()
+    assert model.projector.weight.grad.abs().sum() > 0 and model.temperature.grad is None
+
+
+def test_null_samples_get_other_images(batch):
+    seen = []
+    x0, x1 = torch.zeros(8, 5, 4), batch[1]
+    model = SimpleNamespace(velocity=lambda x, t, i: seen.append((x / t[:, None, None], i)) or x)
+    objective = ObjectiveConfig(time_sampling='uniform', indicator_probability=0.5)
+    terms = flow_terms(model, x0, x1, objective=objective, generator=torch.Generator().manual_seed(0))
+    (reached, indicator), = seen
+    moved = ~torch.isclose(reached, x1, atol=1e-4).flatten(1).all(1)
+    assert torch.equal(moved, terms['indicator']) and torch.equal(indicator.bool(), moved) and 2 <= moved.sum() < 8
+
+
+def test_a_generator_repeats_a_step(model, batch):
+    first, second = (text_to_image_terms(model, *batch, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_kinds_of_source_differ_in_what_holds_the_noise():
+    mean, logvar = torch.full((3, 5, 4), 2., requires_grad=True), torch.full((3, 5, 4), -3., requires_grad=True)
+    pulls = {kind: torch.autograd.grad(kl(mean, logvar), (mean, logvar), allow_unused=True) for kind, kl in kl_losses.items()}
+    assert list(pulls) == ['kl', 'released_kl', 'variance_kl'] and all(pull[1].lt(0).all() for pull in pulls.values())
+    assert pulls['variance_kl'][0] is None and pulls['kl'][0].gt(pulls['released_kl'][0] / 3).all()
+
+
+def test_a_fixed_source_has_no_kl_term_and_a_direction_term_pulls_the_mean(model, batch):
+    fixed = ObjectiveConfig(source='fixed', kl_weight=1e-2, direction_weight=0.5, align_weight=0.)
+    terms = text_to_image_terms(model, *batch, objective=fixed)
+    assert 'kl' not in terms and fixed.weights == {'flow': 1., 'kl': 0., 'align': 0., 'direction': 0.5}
+    total({'direction': terms['direction']}, {'direction': 1.}).backward()
+    assert model.projector.weight.grad.abs().sum() > 0
+
+
+def test_direction_loss_is_the_squared_distance_of_unit_vectors():
+    x = torch.randn(6, 5, 4)
+    assert direction_loss(3 * x, x) < 1e-6 and abs(direction_loss(-x, 2 * x) - 4) < 1e-5
+    cosine = torch.nn.functional.cosine_similarity(x.flatten(1), x.roll(1, 0).flatten(1)).mean()
+    assert abs(direction_loss(x, x.roll(1, 0)) - (2 - 2 * cosine)) < 1e-5
+
+
+def test_the_level_of_noise_is_measured():
+    source = SimpleNamespace(mean=torch.full((2, 5, 4), 3.), logvar=torch.full((2, 5, 4), 2 * math.log(1.5)))
+    levels = source_levels(source)
+    assert abs(levels['source_snr'] - 2) < 1e-5 and abs(levels['source_share'] - 1 / 5) < 1e-5
+
+
+def test_total_names_what_is_missing():
+    terms = {'flow': torch.tensor([1., 3.]), 't': torch.zeros(2)}
+    assert total(terms, {'flow': 0.5, 'kl': 0.}) == 1
+    with pytest.raises(ValueError, match='No term is called kl: the terms are flow, t.'):
+        total(terms, {'flow': 1., 'kl': 1.})
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (dict(time_sampling='cosine'), "time_sampling 'cosine' is unknown: choose one of logit_normal, uniform, mixture."),
+    (dict(source='sixth'), "source 'sixth' is unknown: choose one of kl, released_kl, variance_kl, fixed."),
+    (dict(align_loss='mse'), "align_loss 'mse' is unknown: choose one of contrastive, cosine."),
+    (dict(align_weight=float('nan')), 'align_weight must not be negative, got nan'),
+    (dict(indicator_probability=2), 'between 0 and 1, got 2'),
+])
+def test_bad_choices(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        replace(ObjectiveConfig(), **arguments)
+
+
+# bins, tokenizer, captions
+
+def test_bins_partition_the_samples():
+    t = torch.cat([torch.zeros(5), torch.linspace(0, 1, 101)])
+    losses = torch.rand(106)
+    assert sum(loss_by_time_bin(torch.ones(106), t).values()) == 7
+    edges = (0., 0.5, 1.)
+    bins = loss_by_time_bin(losses, t, edges)
+    assert list(bins) == ['t=0', 't<=0.5', 't<=1']
+    assert abs(6 * bins['t=0'] + 50 * bins['t<=0.5'] + 50 * bins['t<=1'] - losses.sum()) < 1e-4
+    assert loss_by_time_bin(losses[:1], torch.tensor([0.7]), edges) == {'t<=1': losses[0].item()}
+
+
+def test_edges_are_both_sides_of_a_step():
+    picture = torch.zeros(2, 3, 8, 8)
+    picture[0, 1, :, 4:] = 0.5
+    picture[1, :, :, 4:] = 0.05
+    edges = edge_map(picture)
+    assert edges.shape == (2, 1, 8, 8) and edges[0, 0, 0].tolist() == [0, 0, 0, 1, 1, 0, 0, 0] and edges[1].sum() == 0
+
+
+def test_edge_weight_counts_edges_more_and_keeps_the_mean():
+    target = torch.zeros(1, 1, 8, 8)
+    target[..., 4:] = 1
+    at_edge, elsewhere = target.clone(), target.clone()
+    at_edge[0, 0, 2, 4] = elsewhere[0, 0, 2, 6] = 0.
+    assert reconstruction_loss(at_edge, target) == reconstruction_loss(elsewhere, target) == 1 / 64
+    ratio = reconstruction_loss(at_edge, target, 4.) / reconstruction_loss(elsewhere, target, 4.)
+    assert torch.isclose(ratio, torch.tensor(5.))
+    assert torch.isclose(reconstruction_loss(target + 0.1, target, 4.), torch.tensor(0.01))
+
+
+@pytest.mark.parametrize('kl_weight', [0., 1e-6])
+def test_tokenizer_terms(kl_weight):
+    images, told = torch.rand(2, 3, 8, 8), []
+    tokenizer = SimpleNamespace(
+        encode=lambda x: SimpleNamespace(mean=x, logvar=0 * x, sample=lambda generator: x + 0.1),
+        decode=lambda tokens, text_features: told.append(text_features) or tokens)
+    objective = TokenizerObjectiveConfig(kl_weight=kl_weight)
+    terms = tokenizer_terms(tokenizer, images, objective=objective)
+    assert torch.isclose(terms['reconstruction'], torch.tensor(0.01)) and ('kl' in terms) == (kl_weight > 0)
+    assert told == [None] and total(terms, objective.weights).isfinite()
+    with pytest.raises(ValueError, match='edge_weight must not be negative'):
+        TokenizerObjectiveConfig(edge_weight=-1)
+
+
+def test_caption_cross_entropy():
+    logits, ids = torch.randn(3, 7, 20), torch.randint(1, 20, (3, 7))
+    ids[:, 4:] = 0
+    every = F.cross_entropy(logits.flatten(0, 1), ids.flatten())
+    words = F.cross_entropy(logits[:, :4].flatten(0, 1), ids[:, :4].flatten())
+    assert torch.isclose(caption_cross_entropy(logits, ids), every)
+    assert torch.isclose(caption_cross_entropy(logits, ids, pad_weight=0.), words)
+    assert torch.isclose(caption_cross_entropy(logits, ids, pad_id=99), every)

@@ -1,0 +1,353 @@
+"Captions, their features and tokens: definitions written out a second time, checkpoints, and what is refused."
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from flowtok.config import FlowTokConfig, TextConfig, TokenizerConfig, preset
+from flowtok.models.text import (AlignmentMLP, ClipTextEncoder, ProjectorLayer, TextDecoder, TextProjector,
+                          WordTextEncoder, from_transformers, load_clip, pad_ids, tell_truncation, text_encoder,
+                          transformers_names)
+
+tiny = preset('tiny')
+
+
+@pytest.fixture
+def words():
+    return WordTextEncoder(tiny.text)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    "CLIP's text side with a small tower in place of the large one."
+    import open_clip
+    sizes = {'context_length': 77, 'vocab_size': 49408, 'width': 32, 'heads': 2, 'layers': 3}
+    monkeypatch.setattr(open_clip, 'get_model_config', lambda name: {'text_cfg': sizes})
+    return TextConfig(width=32)
+
+
+# captions and ids
+
+def test_rows_are_padded_and_cut():
+    tell_truncation.cache_clear()
+    with pytest.warns(UserWarning, match='longer than 3 ids'):
+        assert pad_ids([[4, 1], [4, 5, 6, 7, 1], [4, 5, 1]], 3).tolist() == [[4, 1, 0], [4, 5, 1], [4, 5, 1]]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        pad_ids([[4, 5, 6, 7, 1]], 3)
+
+
+def test_words_there_and_back(words):
+    every = list(tiny.text.vocabulary)
+    ids = words.tokenize(every)
+    assert ids.dtype == torch.long and ids.max() == tiny.text.vocab_size - 1
+    assert words.decode_ids(ids) == every
+    assert words.decode_ids(torch.tensor([[5, 0, 6, 1, 7]])) == [f'{words.words[5]} {words.words[6]}']
+    assert words.decode_ids(torch.tensor([[5, 6]])) == [f'{words.words[5]} {words.words[6]}']
+
+
+def test_case_and_punctuation_do_not_matter(words):
+    plain = words.tokenize('a large red circle left of a small star')
+    assert torch.equal(words.tokenize(['  A LARGE, red circle;\nleft-of "a" small star!']), plain)
+
+
+@pytest.mark.parametrize('captions, message', [
+    ([], 'There is no caption: give at least one string.'),
+    ([7], 'A caption must be a string, got 7.'),
+    (['a circle', None], 'A caption must be a string, got None.'),
+    (['a trianlge'], "The word 'trianlge' is unknown. Near words: triangle"),
+    (['a xylophone'], 'xylophone'), ([''], 'holds no words'), (['!!!'], 'holds no words'), (['\U0001F600'], 'holds no words'),
+    (['a circle', 'ein Kreis'], "The word 'ein' is unknown."),
+    (['<end>', '<pad>'], "The word 'end' is unknown."),
+])
+def test_bad_captions(words, captions, message):
+    with pytest.raises(ValueError, match=message):
+        words.tokenize(captions)
+
+
+@pytest.mark.parametrize('prompt', ['a trianlge', 'a xylophone', '!!!', ''])
+def test_an_error_about_words_is_one_line_and_names_each_word_once(words, prompt):
+    with pytest.raises(ValueError) as error:
+        words.tokenize([prompt])
+    said = str(error.value)
+    assert '\n' not in said and max(said.split().count(f'{word},') for word in tiny.text.vocabulary) <= 1
+    assert 'triangle' in said
+
+
+@pytest.mark.parametrize('typed, meant', [('a big gray ring in the center', 'a large grey ring middle centre'),
+                                          ('Picture of the little blue star.', 'a small blue star')])
+def test_synonyms_have_the_ids_of_the_words(words, typed, meant):
+    assert torch.equal(words.tokenize([typed]), words.tokenize([meant]))
+
+
+def test_synonyms_belong_to_the_scenes_alone():
+    other = WordTextEncoder(replace(tiny.text, vocabulary=('big', 'the', 'dog'), vocab_size=5))
+    assert other.tokenize(['the big dog'])[0, :4].tolist() == [3, 2, 4, 1]
+
+
+def test_word_features_are_frozen_and_need_no_file(words):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    again = WordTextEncoder(tiny.text)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(x, again.state_dict()[name]) for name, x in words.state_dict().items())
+    assert not any(p.requires_grad for p in words.parameters())
+    with torch.device('meta'):
+        assert next(WordTextEncoder(tiny.text).parameters()).device.type == 'cpu'
+
+
+def test_word_features_have_not_changed(words):
+    "Trained weights rely on these numbers."
+    features = words(words.tokenize(['a small red circle']))
+    assert features.shape == (1, 16, 128)
+    expected = torch.tensor([[-0.5935, -0.8436, -1.1143, 0.8838], [2.6361, -1.1162, 1.0946, 0.0178]])
+    assert torch.allclose(features[0, :2, :4], expected, atol=1e-4), features[0, :2, :4]
+
+
+# CLIP
+
+def test_clip_ids(small):
+    clip = text_encoder(small)
+    tell_truncation.cache_clear()
+    with pytest.warns(UserWarning, match='longer than 77 ids'):
+        ids = clip.tokenize(['a photo of a cat', 'a ' * 100])
+    assert ids.shape == (2, 77) and ids.dtype == torch.long
+    assert ids[0].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407] + 70 * [0]
+    assert ids[1].tolist() == [49406] + 75 * [320] + [49407]
+    assert torch.equal(ids, clip.bpe(['a photo of a cat', 'a ' * 100]))  # open_clip's own
+    assert clip.decode_ids(ids) == ['a photo of a cat', ' '.join(75 * 'a')]
+    assert clip.decode_ids(torch.tensor([[320, 2368], [49407, 320]])) == ['a cat', '']
+    for captions in ([], ['a cat', 3]):
+        with pytest.raises(ValueError, match='caption'):
+            clip.tokenize(captions)
+
+
+def written_out(tower, ids, gelu):
+    "The features of a CLIP text tower, from its weights."
+    x = tower.token_embedding.weight[ids] + tower.positional_embedding
+    b, n, c = x.shape
+    later = torch.ones(n, n).triu(1).bool()
+    for block in tower.transformer.resblocks:
+        attn, mlp = block.attn, block.mlp
+        qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
+        q, k, v = qkv.view(b, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.transpose(-1, -2) / q.shape[-1]**0.5).masked_fill(later, -torch.inf)
+        x = x + attn.out_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, c))
+        x = x + mlp.c_proj(gelu(mlp.c_fc(block.ln_2(x))))
+    return tower.ln_final(x)
+
+
+@pytest.mark.parametrize('activation, gelu', [('quick_gelu', lambda x: x * torch.sigmoid(1.702 * x)), ('gelu', F.gelu)])
+def test_clip_features_written_out(small, activation, gelu):
+    clip = ClipTextEncoder(replace(small, activation=activation))
+    for p in clip.tower.parameters():
+        nn.init.normal_(p, std=0.3)  # larger than the usual start, so that the two activations differ
+    ids = clip.tokenize(['a photo of a cat', 'two cats'])
+    features = clip(ids)
+    assert features.shape == (2, 77, 32) and not features.requires_grad
+    expected = written_out(clip.tower, ids, gelu)
+    assert (features - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize('prefix', ['', 'text.'])
+def test_clip_weights_from_a_file(small, tmp_path, prefix):
+    source = ClipTextEncoder(small)
+    state = {f'{prefix}{name}': x for name, x in source.tower.state_dict().items()}
+    state |= {'visual.conv1.weight': torch.zeros(2), 'logit_scale': torch.zeros(()),
+              f'{prefix}text_projection': torch.zeros(32, 32)}
+    save_file(state, tmp_path / 'clip.safetensors')
+    torch.save(state, tmp_path / 'clip.pt')
+    ids = source.tokenize(['a photo of a cat'])
+    for name in ('clip.safetensors', 'clip.pt'):
+        assert torch.equal(ClipTextEncoder(small, tmp_path / name)(ids), source(ids))
+        assert torch.equal(ClipTextEncoder(small, str(tmp_path / name))(ids), source(ids))
+
+
+@pytest.mark.parametrize('whole', [False, True])
+def test_transformers_gives_the_same_features(small, tmp_path, whole):
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+    sizes = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=3, intermediate_size=128, vocab_size=49408,
+                 max_position_embeddings=77, hidden_act='quick_gelu')
+    pictures = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64, image_size=28, patch_size=14)
+    theirs = CLIPModel(CLIPConfig(text_config=sizes, vision_config=pictures)) if whole else CLIPTextModel(CLIPTextConfig(**sizes))
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.2)
+    theirs.eval().save_pretrained(tmp_path)
+    clip = ClipTextEncoder(small, tmp_path)
+    ids = clip.tokenize(['a photo of a cat', 'two cats'])
+    with torch.no_grad():
+        wanted = (theirs.text_model if whole else theirs)(ids).last_hidden_state
+    assert (clip(ids) - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
+    assert torch.equal(ClipTextEncoder(small, tmp_path / 'model.safetensors')(ids), clip(ids))
+
+
+def to_transformers(state):
+    "Tensors of open_clip's text tower by the names of transformers: the map of the chapter, read backwards."
+    found = {}
+    for name, x in state.items():
+        for theirs, ours in reversed(transformers_names.items()):
+            name = name.replace(ours, theirs)
+        parts = {name.replace('.q_proj.', f'.{part}_proj.'): y for part, y in zip('qkv', x.chunk(3))}
+        found |= parts if '.q_proj.' in name else {name: x}
+    return found
+
+
+@torch.no_grad()
+def test_the_same_weights_under_both_names(small):
+    from transformers import CLIPTextConfig, CLIPTextModel
+    clip = ClipTextEncoder(small)
+    for p in clip.tower.parameters():
+        nn.init.normal_(p, std=0.2)
+    state = clip.tower.state_dict()
+    sizes = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=3, intermediate_size=128)
+    theirs = CLIPTextModel(CLIPTextConfig(**sizes, hidden_act='quick_gelu')).eval()
+    prefix = 'text_model.' if any(name.startswith('text_model.') for name in theirs.state_dict()) else ''
+    theirs.load_state_dict({prefix + name: x for name, x in to_transformers(state).items()}, strict=True)
+    ids = clip.tokenize(['a photo of a cat', 'two cats'])
+    features, wanted = clip(ids), theirs(ids).last_hidden_state
+    assert (features - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
+    back = from_transformers(theirs.state_dict())
+    assert back.keys() == state.keys() and all(torch.equal(back[name], x) for name, x in state.items())
+
+
+@torch.no_grad()
+def test_the_real_tower_written_out_and_by_transformers(tmp_path):
+    "ViT-L-14-336 at its full size, random weights."
+    from transformers import CLIPTextConfig, CLIPTextModel
+    theirs = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, hidden_act='quick_gelu')).eval()
+    theirs.save_pretrained(tmp_path)
+    clip = ClipTextEncoder(TextConfig(), tmp_path)
+    ids = clip.tokenize(['a photo of a cat'])
+    features = clip(ids)
+    assert features.shape == (1, 77, 768) and sum(p.numel() for p in clip.tower.parameters()) == 123_060_480
+    for wanted in (written_out(clip.tower, ids, lambda x: x * torch.sigmoid(1.702 * x)), theirs(ids).last_hidden_state):
+        assert (features - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
+
+
+class Harmful:
+    def __init__(self, file): self.file = file
+    def __reduce__(self): return Path.touch, (self.file,)
+
+
+def test_clip_weights_that_are_none(small, tmp_path, monkeypatch):
+    import open_clip
+    save_file({'embed.weight': torch.zeros(2)}, tmp_path / 'other.safetensors')
+    with pytest.raises(ValueError, match='other.safetensors does not hold the text tower of CLIP ViT-L-14-336'):
+        ClipTextEncoder(small, tmp_path / 'other.safetensors')
+    whole = ClipTextEncoder(small).tower.state_dict()
+    torch.save(whole, tmp_path / 'cut.pt')
+    (tmp_path / 'cut.pt').write_bytes((tmp_path / 'cut.pt').read_bytes()[:1000])
+    (tmp_path / 'cut.safetensors').write_bytes(b'{"a":')
+    torch.save({'a': Harmful(tmp_path / 'ran')}, tmp_path / 'harmful.pt')
+    torch.save([1], tmp_path / 'list.pt')
+    for name in ('cut.pt', 'cut.safetensors', 'harmful.pt', 'list.pt'):
+        with pytest.raises(ValueError, match=f'{name} does not hold the text tower of CLIP ViT-L-14-336: it'):
+            ClipTextEncoder(small, tmp_path / name)
+    assert not (tmp_path / 'ran').exists()
+    whole['ln_final.bias'][0] = torch.nan
+    torch.save(whole, tmp_path / 'nan.pt')
+    with pytest.raises(ValueError, match='nan.pt holds values that are no finite numbers: ln_final.bias'):
+        ClipTextEncoder(small, tmp_path / 'nan.pt')
+    with pytest.raises(FileNotFoundError, match="There is no file .*: CLIP weights are 'openai' or a file"):
+        ClipTextEncoder(small, 'laion')
+
+    def offline(cfg):
+        raise FileNotFoundError('Failed to download file')
+    monkeypatch.setattr(open_clip, 'download_pretrained', offline)
+    with pytest.raises(FileNotFoundError, match=r"weights 'openai' of CLIP ViT-L-14-336 \(1.7 GB\) could not be downl"):
+        ClipTextEncoder(small, 'openai')
+
+
+def test_openai_weights_are_where_open_clip_keeps_them(small, tmp_path, monkeypatch):
+    import open_clip
+    source, asked = ClipTextEncoder(small), []
+    save_file(source.tower.state_dict(), tmp_path / 'open_clip_model.safetensors')
+    monkeypatch.setattr(open_clip, 'download_pretrained',
+                        lambda cfg: asked.append(cfg['hf_hub']) or str(tmp_path / 'open_clip_model.safetensors'))
+    load_clip(ClipTextEncoder(small).tower, 'openai')
+    assert asked == ['timm/vit_large_patch14_clip_336.openai/']
+
+
+def test_clip_of_another_size(small):
+    with pytest.raises(ValueError, match="CLIP ViT-L-14-336 has .*'width': 32.*, not .*'width': 64"):
+        ClipTextEncoder(replace(small, width=64))
+
+
+# projector, target, decoder
+
+def projected(layer, x):
+    "A projector layer from its weights, without dropout."
+    def norm(x, by):
+        centred = x - x.mean(-1, keepdim=True)
+        deviation = (centred.square().sum(-1, keepdim=True) / (x.shape[-1] - 1)).sqrt()
+        return by.weight * centred / (deviation + 1e-5) + by.bias
+    heads = []
+    for head in range(layer.heads):
+        part = slice(head * x.shape[-1] // layer.heads, (head + 1) * x.shape[-1] // layer.heads)
+        q, k, v = (f(x)[..., part] for f in (layer.q, layer.k, layer.v))
+        heads.append((q @ k.transpose(1, 2) / q.shape[-1]**0.5).softmax(-1) @ v)
+    x = norm(x + layer.out(torch.cat(heads, -1)), layer.norm1)
+    return norm(x + layer.fc2(layer.fc1(x).clamp(min=0)), layer.norm2)
+
+
+def test_projector_written_out():
+    config = FlowTokConfig('x', TokenizerConfig(num_tokens=5, token_dim=3), TextConfig(
+        length=5, width=12, projector_depth=2, projector_heads=4, projector_hidden=20))
+    projector, x = TextProjector(config).eval(), torch.randn(2, 5, 12)
+    for p in projector.parameters():
+        nn.init.normal_(p, std=0.5)
+    expected = x
+    for layer in projector.layers:
+        expected = projected(layer, expected)
+    mean, logvar = projector.linear(expected).split(3, -1)
+    posterior = projector(x)
+    assert torch.allclose(posterior.mean, mean, atol=1e-4) and torch.allclose(posterior.logvar, logvar, atol=1e-4)
+
+
+def test_logvar_is_not_clamped():
+    projector = TextProjector(tiny)
+    nn.init.constant_(projector.linear.bias, 100.)
+    assert projector(torch.randn(1, 16, 128)).logvar.min() > 90
+
+
+def test_dropout_in_training_only():
+    layer, x = ProjectorLayer(16, 4, 32, dropout=0.1), torch.randn(4, 7, 16)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    still = ProjectorLayer(16, 4, 32, dropout=0.)
+    assert torch.equal(still(x), still(x))
+
+
+def test_layers_start_as_copies_and_part_ways():
+    projector = TextProjector(tiny)
+    first, last = projector.layers[0], projector.layers[-1]
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), last.parameters()))
+    assert not {p.data_ptr() for p in first.parameters()} & {p.data_ptr() for p in last.parameters()}
+
+
+def test_target_is_made_position_by_position():
+    mlp, features = AlignmentMLP(tiny), torch.randn(2, 16, 128)
+    assert torch.allclose(mlp(features)[:, 3], mlp(features[:, 3]), atol=1e-6)
+
+
+def test_decoder_sees_all_positions():
+    decoder, tokens = TextDecoder(tiny), torch.randn(1, 16, 16)
+    changed = tokens.clone()
+    changed[0, 9] += 1
+    moved = (decoder(tokens) - decoder(changed)).abs().amax(-1)[0]
+    assert decoder(tokens).shape == (1, 16, tiny.text.vocab_size) and (moved > 1e-5).all() and moved.argmax() == 9
+
+
+@pytest.mark.parametrize('part', [TextProjector, TextDecoder, AlignmentMLP])
+def test_everything_learns(part):
+    net = part(tiny)
+    out = net(torch.randn(2, 16, 16 if part is TextDecoder else 128))
+    loss = out.sample().square().mean() if part is TextProjector else out.square().mean()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
