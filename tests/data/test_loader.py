@@ -348,7 +348,7 @@ def read_and_end(folder):
 @pytest.mark.parametrize('script', [False, True])
 def test_a_process_that_still_reads_can_end(script, folder):
     if script:
-        code = f'from flowtok.sources import *; from flowtok.streams import *; r = open_batches([Source({str(folder)!r})], ImageReader(16), 4, workers=2); next(r)'
+        code = f'from flowtok.data.mixture import *; from flowtok.data.loader import *; r = open_batches([Source({str(folder)!r})], ImageReader(16), 4, workers=2); next(r)'
         assert subprocess.run([sys.executable, '-c', code], timeout=60).returncode == 0
     else:
         process = multiprocessing.get_context('fork').Process(target=read_and_end, args=(str(folder),))

@@ -12,7 +12,7 @@ from papermill.cli import papermill
 
 from flowtok.experiments import notebooks as runs
 
-CHECK = '''from flowtok.runs import check_parameters, progress, run_folder
+CHECK = '''from flowtok.experiments.notebooks import check_parameters, progress, run_folder
 parameters = check_parameters(globals(), scale=('tiny', 'xl'))
 folder = run_folder('train')
 (folder / 'result.json').write_text(scale)

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from flowtok import files
 from flowtok.experiments import records as results
 
 
 @pytest.fixture
 def run():
-    data = results.data_identity('scenes', {'train': 3}, [b'a', 'b'])
+    data = files.data_identity('scenes', {'train': 3}, [b'a', 'b'])
     return results.record('Does it?', {'scale': 'tiny', 'out': Path('x')}, started=time.time() - 5, seed=1, data=data,
                           metrics={'all': torch.tensor(.5), 'loss': np.float32(2), 'path': np.arange(3), 'SPICE': None},
                           conditions={'scale': 'tiny', 'reduced': True, 'stand_ins': ['random_conv_features'], 'n': 5})
@@ -77,13 +78,13 @@ def test_a_wrong_record_replaces_nothing(run, tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
-    path = results.write_atomically(tmp_path / 'a', 'old')
+    path = files.write_atomically(tmp_path / 'a', 'old')
 
     def fails(*paths):
         raise OSError('disk full')
-    monkeypatch.setattr(results.os, 'replace', fails)
+    monkeypatch.setattr(files.os, 'replace', fails)
     with pytest.raises(OSError, match='disk full'):
-        results.write_atomically(path, 'new')
+        files.write_atomically(path, 'new')
     assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
 
 
