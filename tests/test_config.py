@@ -4,7 +4,7 @@ from dataclasses import FrozenInstanceError, asdict, fields, replace
 
 import pytest
 
-from flowtok.config import (WORDS, FlowConfig, FlowTokConfig, Recipe, TextConfig, TokenizerConfig, from_json, preset,
+from flowtok.config import (WORDS, FlowConfig, FlowTokConfig, Recipe, SamplingConfig, TextConfig, TokenizerConfig, from_json, preset,
                             presets, recipe, stages, to_json)
 
 
@@ -125,5 +125,15 @@ def test_words():
 def test_defaults_are_the_papers():
     assert replace(FlowTokConfig('b')) == preset('b')
     assert {f.name for f in fields(FlowTokConfig)} == {'name', 'tokenizer', 'text', 'flow', 'sampling', 'source', 'caption_flow'}
-    assert asdict(preset('xl').sampling) == dict(steps=20, guidance=2., temperature=1., caption_steps=20, caption_guidance=2.,
+    assert asdict(preset('xl').sampling) == dict(steps=20, guidance=2., guidance_interval=(0., 1.), temperature=1., caption_steps=20, caption_guidance=2.,
                                                  schedule='uniform')
+
+
+def test_an_interval_of_guidance_is_checked_and_survives_json():
+    for bad in ((.5, .2), (0., 1.5), (-.1, 1.), (0.,)):
+        with pytest.raises(ValueError):
+            SamplingConfig(guidance_interval=bad)
+    assert from_json(to_json(preset('tiny'))).sampling.guidance_interval == preset('tiny').sampling.guidance_interval
+    older = json.loads(to_json(preset('tiny')))
+    del older['sampling']['guidance_interval']
+    assert from_json(json.dumps(older)).sampling.guidance_interval == (0., 1.)
