@@ -347,7 +347,7 @@ def contents_row(
     return {'of the paper': f'{name}, {about}', 'here': ', '.join(links) or NOT_MEASURED,
             'records': '<br>'.join(f'[{run.label()}]({where})' for where, run in runs.items())
                        or (NOT_MEASURED if notebooks else 'from the presets'),
-            'notebooks': ', '.join(f'[{notebook}](../nbs/{notebook}.ipynb)' for notebook in notebooks.split()),
+            'notebooks': ', '.join(f'[{notebook}](../nbs/{"" if notebook == "train" else "experiments/"}{notebook}.ipynb)' for notebook in notebooks.split()),
             "the paper's values from": SOURCES.get(name, SOURCES['table 2'] if name == 'figure 3' else '')}
 
 
