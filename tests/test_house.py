@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from readme import markdown, root
 
 nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-packages = 'config files flow models losses data training pipeline pretrained evaluation experiments speed'.split()  # each imports those before it
+packages = 'config files flow models losses data training pipeline pretrained evaluation experiments speed __init__'.split()  # each imports those before it
 
 
 def cells(path, kind='code'):
@@ -102,7 +102,7 @@ def test_chapters_and_modules_have_the_same_place(path):
     assert len(exported(path)) == 1
     package, name = path.parent.relative_to(root/'nbs').parts, path.stem
     if package: number, name = name.split('_', 1); assert re.fullmatch(r'\d\d', number)
-    assert '.'.join([*package, name]) == module[path]
+    assert '.'.join([*package, {'api': '__init__'}.get(name, name)]) == module[path]
     assert not [p for p in path.parent.glob(f'{path.stem[:3]}*.ipynb') if package and p != path], 'two chapters have one number'
 
 
@@ -217,3 +217,25 @@ def test_entry_points_lead_somewhere():
     points = importlib.metadata.distribution('flowtok').entry_points
     assert {'console_scripts', 'papermill.io', 'flowtok.pipelines'} == {p.group for p in points}
     for p in points: p.load()
+
+
+# the public interface --------------------------------------------------------------------------------------
+
+PUBLIC = 'FlowTokPipeline FlowTok ImageTokenizer TextProjector TextDecoder preset presets recipe sample load_flowtok load_tokenizer'.split()
+
+
+def test_import_flowtok_is_light_and_lists_its_names():
+    code = "import sys, flowtok; print(*dir(flowtok)); flowtok.preset; print('torch' in sys.modules, flowtok.__version__)"
+    names, rest = run('-c', code, cwd=root).splitlines()
+    assert {*PUBLIC, '__version__'} <= set(names.split()) and rest.startswith('False ')
+
+
+@pytest.mark.parametrize('name', PUBLIC)
+def test_every_public_name_is_what_its_module_defines(name):
+    import flowtok
+    assert name in flowtok.__all__ and getattr(flowtok, name) is getattr(flowtok, name)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import flowtok
+    with pytest.raises(AttributeError): flowtok.nothing

@@ -1,16 +1,25 @@
 """The pipeline: seeds, batches, folders and the sentences of its errors."""
+import functools
+import http.server
+import inspect
 import itertools
 import json
 import sys
+import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowtok.pipeline
 from flowtok.config import preset
-from flowtok.pipeline import FlowTokPipeline, embedded_weights
+from flowtok.evaluation.metrics import psnr
+from flowtok.flow.solver import fit_grid, sample
+from flowtok.models.flowtok import direction_config
+from flowtok.pipeline import PARTS, FlowTokPipeline, embedded_weights
 from flowtok.data.shapes import captions, draw_scene, render
 
 
@@ -156,27 +165,99 @@ def test_captions_take_any_picture(pipe):
     assert pipe.caption(picture, 4) == same[:1]
 
 
-def test_bad_input_gets_one_sentence(pipe, tmp_path):
-    for call, words in (
-            (lambda: pipe([]), 'list of prompts is empty'),
-            (lambda: pipe(['a red elephant']), 'elephant'),
-            (lambda: pipe(prompts, output_type='png'), 'choose one of pil, pt, tokens'),
-            (lambda: pipe(prompts, 0), '0'),
-            (lambda: pipe(prompts, solver='best'), 'euler'),
-            (lambda: pipe(prompts, batch_size=0), 'batch_size must be a whole number of at least 1, got 0'),
-            (lambda: pipe(prompts, times=(0, 2)), 'times must rise from 0 to 1'),
-            (lambda: pipe(prompts, guidance_interval=(1, 0)), 'guidance_interval must be two rising times'),
-            (lambda: pipe.optimize('fp64'), "precision 'fp64' is unknown: choose one of fp32, bf16, fp16."),
-            (lambda: pipe.optimize(quantize='int3'), "quantize 'int3' is unknown: choose one of int8, float8."),
-            (lambda: pipe(prompts, temperature=-1), 'temperature must be between 0'),
-            (lambda: pipe(prompts, generator=[torch.Generator()]), '5 pictures need 5 generators'),
-            (lambda: pipe.caption([]), 'an empty list'),
-            (lambda: pipe.caption(['a.png']), 'got str'),
-            (lambda: pipe.caption(torch.rand(1, 3, 32, 32)), r'\(b, 3, 64, 64\)')):
-        with pytest.raises(ValueError, match=words):
+@pytest.mark.parametrize('call', [
+    lambda pipe: pipe([]), lambda pipe: pipe(['a red elephant']), lambda pipe: pipe(prompts, output_type='png'), lambda pipe: pipe(prompts, 0),
+    lambda pipe: pipe(prompts, solver='best'), lambda pipe: pipe(prompts, batch_size=0), lambda pipe: pipe(prompts, num_images_per_prompt=0),
+    lambda pipe: pipe(prompts, times=(0, 2)), lambda pipe: pipe(prompts, guidance_interval=(1, 0)), lambda pipe: pipe.optimize('fp64'),
+    lambda pipe: pipe.optimize(quantize='int3'), lambda pipe: pipe(prompts, temperature=-1), lambda pipe: pipe(prompts, generator=[torch.Generator()]),
+    lambda pipe: pipe.to(torch.float64), lambda pipe: pipe.caption([]), lambda pipe: pipe.caption(3), lambda pipe: pipe.caption(np.zeros((2, 3, 4, 5))),
+    lambda pipe: pipe.caption(torch.rand(1, 3, 32, 32)), lambda pipe: pipe.caption(__file__)])
+def test_bad_input_is_a_value_error_of_one_line(pipe, call):
+    with pytest.raises(ValueError) as error:
+        call(pipe)
+    assert '\n' not in str(error.value)
+
+
+def test_missing_folders_and_files_are_file_errors(pipe, tmp_path):
+    for call in (lambda: FlowTokPipeline.from_pretrained(tmp_path), lambda: pipe.caption('nowhere.png')):
+        with pytest.raises(FileNotFoundError):
             call()
-    with pytest.raises(FileNotFoundError, match='no config.json'):
-        FlowTokPipeline.from_pretrained(tmp_path)
+
+
+def test_images_of_a_prompt_follow_each_other(pipe):
+    def seeds(n): return [torch.Generator().manual_seed(i) for i in range(n)]
+    several = pipe(prompts[:2], 2, generator=seeds(6), output_type='pt', num_images_per_prompt=3)
+    assert torch.equal(several, pipe([prompts[0]] * 3 + [prompts[1]] * 3, 2, generator=seeds(6), output_type='pt'))
+    parts = pipe.stream(iter(prompts[:2]), 2, generator=seeds(6), output_type='pt', num_images_per_prompt=3, batch_size=4)
+    assert torch.allclose(torch.cat(list(parts)), several, atol=1e-5)
+
+
+def test_the_call_has_a_signature_and_the_pipeline_a_repr_of_one_line(pipe):
+    parameters = inspect.signature(pipe.__call__).parameters
+    assert {'prompt', 'num_inference_steps', 'guidance_scale', 'generator', 'num_images_per_prompt', 'temperature'} <= parameters.keys()
+    assert not [p for p in parameters.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)] and FlowTokPipeline.__call__.__doc__
+    assert len(repr(pipe).splitlines()) == 1 and 'float32' in repr(pipe) and repr(pipe) != repr(FlowTokPipeline(pipe.config))
+
+
+def test_paths_addresses_and_arrays_are_captioned_alike(pipe, tmp_path):
+    image = Image.fromarray(render(draw_scene(0, 'seen')))
+    image.save(tmp_path / 'a.png')
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        inputs = [image, tmp_path / 'a.png', str(tmp_path / 'a.png'), f'http://127.0.0.1:{server.server_port}/a.png', np.asarray(image),
+                  np.asarray(image) / 255.]
+        captions = pipe.caption(inputs)
+        server.shutdown()
+    assert set(captions) == {pipe.caption(image)[0]}
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_a_data_type_is_asked_for_as_in_diffusers(pipe, dtype):
+    def run(p): return p(prompts, 4, generator=torch.Generator().manual_seed(0), output_type='pt')
+    loaded, moved = FlowTokPipeline.from_pretrained(torch_dtype=dtype), FlowTokPipeline.from_pretrained().to('cpu', dtype)
+    short = {torch.float16: FlowTokPipeline.half, torch.bfloat16: FlowTokPipeline.bfloat16}[dtype](FlowTokPipeline.from_pretrained())
+    images = [run(p) for p in (loaded, moved, short)]
+    assert loaded.dtype == dtype and images[0].dtype == torch.float32
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
+    assert (images[0] - run(pipe)).abs().mean() < .02 and (images[0] - run(pipe)).abs().max() > 0
+    assert len(loaded.caption(images[0])) == len(prompts)
+    outside = (loaded.text_encoder.positions, loaded.text_to_image.dit.embed.weight, loaded.text_to_image.dit.time.mlp[0].weight)
+    assert all(weight.dtype == torch.float32 for weight in outside)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_the_default_data_type_changes_nothing(pipe, dtype):
+    usual = pipe(prompts, 2, generator=torch.Generator().manual_seed(0), output_type='pt')
+    torch.set_default_dtype(dtype)
+    try:
+        other = FlowTokPipeline.from_pretrained()
+        images = other(prompts, 2, generator=torch.Generator().manual_seed(0), output_type='pt')
+        told = other.caption(images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in other.parameters()} == {torch.float32} and torch.equal(images, usual) and told == pipe.caption(usual)
+
+
+def test_a_device_without_float64_is_never_given_one(pipe):
+    "Apple's MPS has no float64. The meta device stands for it here: whatever is made on it, or moved there, is looked at."
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for x in result if isinstance(result, (tuple, list)) else [result]:
+                assert not (isinstance(x, torch.Tensor) and x.device.type == 'meta' and x.dtype == torch.float64), function
+            return result
+    with torch.device('meta'), Watch():
+        other = FlowTokPipeline(pipe.config, **{stage.replace('-', '_'): PARTS[stage](direction_config(pipe.config, stage)) for stage in PARTS})
+        x = torch.zeros(4, 16, 16)
+        sample(other.text_to_image.velocity, x, num_inference_steps=2)
+        other.tokenizer.decode(other.tokenizer.encode(torch.zeros(4, 3, 64, 64)).mean)
+    with Watch():
+        path = torch.zeros(9, 2, 3, 4, device='meta')
+        with pytest.raises(NotImplementedError):                                 # copying out of meta: moved to the CPU before it is made double
+            fit_grid(path, 4)
+        with pytest.raises(NotImplementedError):
+            psnr(torch.zeros(2, 3, 8, 8, device='meta'), torch.zeros(2, 3, 8, 8, device='meta'))
 
 
 def test_a_long_prompt_is_cut_and_said_once(pipe):
@@ -187,7 +268,7 @@ def test_a_long_prompt_is_cut_and_said_once(pipe):
 def test_missing_and_wrong_weights(pipe, tmp_path):
     pipe.save_pretrained(tmp_path, ['tokenizer', 'text'])
     part = FlowTokPipeline.from_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match='no weights for text-to-image: it has tokenizer, text'):
+    with pytest.raises(RuntimeError):
         part(prompts)
     (tmp_path / 'tokenizer.safetensors').write_bytes((tmp_path / 'text.safetensors').read_bytes())
     with pytest.raises(ValueError, match='does not fit this ImageTokenizer'):

@@ -218,7 +218,7 @@ def psnr(
     if images.shape != target.shape or images.ndim != 4:
         raise ValueError(f"images {tuple(images.shape)} and target {tuple(target.shape)} "
                          "are not of one shape (n, 3, h, w).")
-    error = (images.double() - target.double()).square().mean((1, 2, 3))          # (n,)
+    error = (images.cpu().double() - target.cpu().double()).square().mean((1, 2, 3))          # (n,)
     return float((-10 * error.log10()).mean())
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #a76d0411

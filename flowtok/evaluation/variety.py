@@ -140,7 +140,7 @@ def precision_recall(
     k: int = 3,  # neighbour that a ball reaches to
 ) -> tuple[float, float]:  # precision and recall, 0 to 1
     "Improved precision and recall of a set of features."
-    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (generated, true))
+    a, b = (torch.as_tensor(x, device='cpu').double() for x in (generated, true))
     if min(len(a), len(b)) <= k:
         raise ValueError(f"precision and recall need more than k = {k} images of either kind, got {len(a)} and {len(b)}.")
 

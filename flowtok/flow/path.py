@@ -93,7 +93,7 @@ def draw(
     generator = share.generator if shape else share.host or share.generator
     home = device if generator is None else generator.device
     whole = (shape[0] * share.world_size, *shape[1:]) if shape else ()
-    numbers = kind(whole, generator=generator, device=home)
+    numbers = kind(whole, generator=generator, device=home, dtype=torch.float32)
     return (share.own(numbers) if shape else numbers).to(device, non_blocking=numbers.is_cpu)
 
 # %% ../../nbs/flow/01_path.ipynb #a7c2068b

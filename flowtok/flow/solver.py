@@ -102,7 +102,7 @@ def time_grid(
         raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {n}.")
     if schedule not in schedules:
         raise ValueError(f"Schedule {schedule!r} is unknown: choose one of {', '.join(schedules)}.")
-    i = torch.arange(n, dtype=torch.float64)
+    i = torch.arange(n, dtype=torch.float64, device='cpu')
     if schedule == 'uniform':
         times, steps = i / n, torch.ones_like(i) / n
     else:
@@ -116,7 +116,7 @@ def given_grid(
     dtype: torch.dtype = torch.float32,  # of the result
 ) -> tuple[Tensor, Tensor]:  # as `time_grid`
     "A grid of one's own."
-    ends = torch.as_tensor(times, dtype=torch.float64)
+    ends = torch.as_tensor(times, dtype=torch.float64, device='cpu')
     if ends.dim() != 1 or len(ends) < 2 or ends[0] != 0 or ends[-1] != 1 or not (ends.diff() > 0).all():
         raise ValueError(f"times must rise from 0 to 1, as (0, 0.5, 1), got {tuple(ends.flatten().tolist())}.")
     return ends[:-1].to(dtype), ends.diff().to(dtype)
@@ -146,7 +146,7 @@ def sample(
         raise ValueError(f"guidance_interval must be two rising times between 0 and 1, got {guidance_interval}.")
     dtype = torch.promote_types(x0.dtype, torch.float32)
     starts, steps = time_grid(num_inference_steps, schedule, dtype) if times is None else given_grid(times, dtype)
-    asked = (starts[:, None] + steps[:, None] * torch.tensor(offsets[solver], dtype=dtype)).flatten()
+    asked = (starts[:, None] + steps[:, None] * torch.tensor(offsets[solver], dtype=dtype, device='cpu')).flatten()
     field = guided(velocity, guidance_scale, x0.dtype, asked, guidance_interval)
     step = solvers[solver]() if isinstance(solvers[solver], type) else solvers[solver]
     x, path = x0.to(dtype), [x0]
@@ -164,11 +164,11 @@ def fit_grid(
 ) -> list[float]:  # ends of the N steps from 0 to 1, (N + 1,)
     "The time grid that follows such paths best."
     fine = len(path) - 1
-    bend = path.double().diff(n=order + 1, dim=0).flatten(1).norm(dim=1)         # (m - order,), each order + 1 steps wide
+    bend = path.cpu().double().diff(n=order + 1, dim=0).flatten(1).norm(dim=1)         # (m - order,), each order + 1 steps wide
     density = torch.cat([bend[:1].expand(order // 2), bend, bend[-1:].expand(order - order // 2)]) ** (1 / (order + 1))
     density = density + density.mean() / 3 if density.sum() > 1e-9 else torch.ones_like(density)
     passed = torch.cat([density.new_zeros(1), density.cumsum(0)]) / density.sum()  # (m + 1,), 0 to 1
-    wanted = torch.arange(1, num_inference_steps, dtype=torch.float64, device=passed.device) / num_inference_steps
+    wanted = torch.arange(1, num_inference_steps, dtype=torch.float64, device='cpu') / num_inference_steps
     i = torch.searchsorted(passed, wanted).clamp(1, fine)
     inner = (i - 1 + (wanted - passed[i - 1]) / (passed[i] - passed[i - 1])) / fine
     return [0., *inner.tolist(), 1.]

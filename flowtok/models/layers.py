@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['has_onednn', 'DiagonalGaussian', 'grid_coordinates', 'rope_angles', 'apply_rope', 'RotaryTables', 'attend', 'linear',
            'Linear', 'Attention', 'SwiGLU', 'MLP', 'Block', 'timestep_features', 'TimeEmbedding', 'sinusoid_positions',
-           'modulate', 'ModulatedBlock', 'FinalLayer']
+           'modulate', 'ModulatedBlock', 'FinalLayer', 'float32_default']
 
 # %% ../../nbs/models/01_layers.ipynb #0ba00bad
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -253,7 +254,7 @@ def timestep_features(
 ) -> Tensor:  # cosines, then sines, float32, (b, dim)
     "A time as waves of many lengths."
     half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device) / half)
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = t.float()[:, None] * frequencies                                    # (b, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], -1)
 
@@ -281,9 +282,9 @@ def sinusoid_positions(
     width: int,  # of a token, even
 ) -> Tensor:  # sines, then cosines, float32, (n, width)
     "The fixed positions of the flow's tokens."
-    frequencies = 10000. ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2))
-    angles = torch.arange(n, dtype=torch.float64)[:, None] * frequencies         # (n, width / 2)
-    return torch.cat([angles.sin(), angles.cos()], 1).float()
+    frequencies = 10000. ** (-torch.arange(width // 2, dtype=torch.float64, device='cpu') / (width // 2))
+    angles = torch.arange(n, dtype=torch.float64, device='cpu')[:, None] * frequencies         # (n, width / 2)
+    return torch.cat([angles.sin(), angles.cos()], 1).float().to(torch.get_default_device())
 
 # %% ../../nbs/models/01_layers.ipynb #1140179f
 def modulate(
@@ -345,3 +346,14 @@ class FinalLayer(nn.Module):
         shift, scale = (self.modulation(F.silu(c)) if two is None else two).chunk(2, -1)
         groups = self.norm(x).reshape(len(shift), -1, x.shape[-1])               # (g, b/g n, width)
         return self.linear(modulate(groups, shift, scale).view(x.shape))
+
+# %% ../../nbs/models/01_layers.ipynb #5c6520a8
+@contextmanager
+def float32_default():
+    "Context in which new tensors are float32, whatever torch.set_default_dtype says; restored at the end."
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -163,7 +163,8 @@ def build_model(
     filled = {ours: state[k].reshape(own[ours].shape).float().contiguous() for k, ours in keys.items()}
     if names and kind is ImageTokenizer:
         c = config.tokenizer
-        filled |= {'token_mean': torch.zeros(c.token_dim), 'token_scale': torch.full((c.token_dim,), c.latent_scale)}
+        filled |= {'token_mean': torch.zeros(c.token_dim, dtype=torch.float32),
+                   'token_scale': torch.full((c.token_dim,), c.latent_scale, dtype=torch.float32)}
     model.load_state_dict(filled, assign=True)
     for module in model.modules():
         if isinstance(module, RotaryTables):

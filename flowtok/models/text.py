@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import WORDS, FlowTokConfig, TextConfig, canonical, split_words
-from .layers import Block, DiagonalGaussian, attend, linear
+from .layers import Block, DiagonalGaussian, attend, linear, float32_default
 
 # %% ../../nbs/models/03_text.ipynb #f612847c
 @cache  # once per process
@@ -82,7 +82,7 @@ class WordTextEncoder(nn.Module):
         super().__init__()
         self.config, self.words = config, ('<pad>', '<end>', *config.vocabulary)
         self.known = {word: i for i, word in enumerate(self.words) if i > 1}
-        with torch.random.fork_rng(devices=[]), torch.device('cpu'):
+        with torch.random.fork_rng(devices=[]), torch.device('cpu'), float32_default():
             torch.manual_seed(0)
             self.embedding = nn.Embedding(config.vocab_size, config.width)
             self.positions = nn.Parameter(torch.randn(config.length, config.width))

@@ -30,7 +30,7 @@ from ..config import FlowTokConfig, preset, presets, recipe, stages
 from .roofline import evaluations, floor, image_operations, measure_ceilings, peak_memory, race, seconds, stage_costs, training_operations
 from ..flow.path import Share
 from ..models.flowtok import FlowTok
-from ..pipeline import FlowTokPipeline, kept_memory
+from ..pipeline import FlowTokPipeline
 from .reference import make_noise, plain_generate, plain_training, relative
 from ..experiments.paper import SOURCES, TABLE_2
 from ..experiments.records import RunRecord, record, write_record, write_table
@@ -224,10 +224,8 @@ def compare_training(
         def call():
             torch.manual_seed(0)
             return step(Share(torch.Generator(device).manual_seed(0)))
-        with kept_memory():                                                      # as `flowtok.training.launch.launch` has it for training
-            loss = call().item()                                                 # also warms up
-            memory = peak_memory(call, device)
-            return loss, memory, race({'': call}, device, repeats, warm_up=0)['']
+        loss = call().item()                                                     # also warms up
+        return loss, peak_memory(call, device), race({'': call}, device, repeats, warm_up=0)['']
     from accelerate.state import AcceleratorState
     versions = {'plain loop fp32': (plain_training,)} | {f'training loop {precision}': (our_training, precision) for precision in precisions}
     found = {}

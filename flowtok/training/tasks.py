@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stage_classes', 'weights_file', 'Run', 'vocabulary_for', 'change_recipe', 'plan', 'earlier_weights', 'Stage',
-           'TokenizerStage', 'TextStage', 'flow_objective', 'FlowStage', 'flow_pictures', 'flow_captions']
+           'TokenizerStage', 'TextStage', 'flow_objective', 'FlowStage']
 
 # %% ../../nbs/training/01_tasks.ipynb #f16f25d4
 import os
@@ -280,27 +280,24 @@ class FlowStage(Stage):
             text_tokens = self.text.projector(features).sample(share)
         return image_to_text_terms(self.trained, tokens, text_tokens, objective=self.objective, generator=share)
 
+    def pictures(self, moments: Tensor, ids: Tensor) -> Tensor | None:  # (b, 3, h, w); None from pictures to text
+        "Pictures for captions, with the model's own way of sampling."
+        if not self.from_text:
+            return None
+        start, how = self.trained.project(self.features(ids)), self.run.config.sampling
+        z = start.mean + how.temperature * start.std * torch.randn_like(start.mean)
+        z = sample(self.trained.velocity, z, num_inference_steps=how.steps, guidance_scale=how.guidance,
+                   guidance_interval=how.guidance_interval)
+        return self.tokenizer.decode(self.tokenizer.from_flow(z))
+
+    def captions(self, moments: Tensor, ids: Tensor) -> list[str] | None:  # None from text to pictures
+        "Captions for pictures, with the model's own way of sampling."
+        if self.from_text:
+            return None
+        how = self.run.config.sampling
+        z = sample(self.trained.velocity, self.image_tokens(moments, Share()), num_inference_steps=how.caption_steps,
+                   guidance_scale=how.caption_guidance)
+        return self.text_encoder.decode_ids(self.text.decoder(z).argmax(-1))
+
 # %% ../../nbs/training/01_tasks.ipynb #d9aa05ee
-def flow_pictures(self, moments: Tensor, ids: Tensor) -> Tensor | None:  # (b, 3, h, w); None from pictures to text
-    "Pictures for captions, with the model's own way of sampling."
-    if not self.from_text:
-        return None
-    start, how = self.trained.project(self.features(ids)), self.run.config.sampling
-    z = start.mean + how.temperature * start.std * torch.randn_like(start.mean)
-    z = sample(self.trained.velocity, z, num_inference_steps=how.steps, guidance_scale=how.guidance,
-               guidance_interval=how.guidance_interval)
-    return self.tokenizer.decode(self.tokenizer.from_flow(z))
-
-
-def flow_captions(self, moments: Tensor, ids: Tensor) -> list[str] | None:  # None from text to pictures
-    "Captions for pictures, with the model's own way of sampling."
-    if self.from_text:
-        return None
-    how = self.run.config.sampling
-    z = sample(self.trained.velocity, self.image_tokens(moments, Share()), num_inference_steps=how.caption_steps,
-               guidance_scale=how.caption_guidance)
-    return self.text_encoder.decode_ids(self.text.decoder(z).argmax(-1))
-
-
-FlowStage.pictures, FlowStage.captions = flow_pictures, flow_captions
 stage_classes = dict(zip(stages, (TokenizerStage, TextStage, FlowStage, FlowStage)))
