@@ -279,15 +279,20 @@ def check_recipe(
     "Refuses what no training could follow."
     for name, good in (('optimizer', ('adamw', 'muon')), ('schedule', ('constant', 'cosine')),
                        ('precision', ('fp32', 'bf16', 'fp16')), ('align_target', ('mlp', 'pool')),
-                       ('align_loss', ('contrastive', 'cosine')), ('source', source_kinds)):
+                       ('align_loss', ('contrastive', 'cosine')), ('source', source_kinds),
+                       ('time_sampling', ('logit_normal', 'uniform', 'mixture'))):
         if getattr(recipe, name) not in good:
             raise ValueError(f"{name} {getattr(recipe, name)!r} is unknown: choose one of {', '.join(good)}.")
     for name, least in (('steps', 0), ('batch_size', 1), ('learning_rate', 0), ('warmup', 0), ('clip', 0),
                         ('accumulate', 1), ('gan_weight', 0), ('gan_start', 0), ('gan_learning_rate', 0), ('kl_weight', 0),
-                        ('direction_weight', 0), ('image_noise', 0)):
+                        ('direction_weight', 0), ('align_weight', 0), ('edge_weight', 0), ('perceptual_weight', 0),
+                        ('convnext_share', 0), ('lecam_weight', 0), ('matrix_learning_rate', 0), ('weight_decay', 0), ('image_noise', 0)):
         if not getattr(recipe, name) >= least:
             raise ValueError(f"{name} must be at least {least}, got {getattr(recipe, name)}.")
-    for name in ('final_share', 'ema', 'text_drop'):
+    for name in ('time_power', 'time_std'):
+        if not getattr(recipe, name) > 0:
+            raise ValueError(f"{name} must be above 0, got {getattr(recipe, name)}.")
+    for name in ('final_share', 'ema', 'text_drop', 'p_start', 'indicator_probability'):
         if not 0 <= getattr(recipe, name) <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {getattr(recipe, name)}.")
     if recipe.precision == 'fp16' and recipe.optimizer == 'muon':

@@ -5,19 +5,17 @@
 # %% auto #0
 __all__ = ['RELEASED_REPO', 'RELEASED_FILES', 'FIRST_CHOICE', 'VARIANTS', 'CLIP_FILE', 'CLIP_REPO', 'offline_sentence',
            'find_weights', 'is_own', 'own_config', 'load_flowtok', 'read_tokenizer', 'load_tokenizer', 'released_files',
-           'released_pipeline', 'write_whole', 'model_card', 'convert', 'main']
+           'released_pipeline', 'write_whole', 'model_card', 'convert']
 
 # %% ../nbs/pretrained.ipynb #e9c1050a
-import argparse
 import math
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from .models.released import (FLOWTOK_NAMES, KNOWN_HEADS, ROPE_KEYS, SUFFIXES, build_model, check_rotary, flowtok_config, listed,
+from .models.released import (FLOWTOK_NAMES, ROPE_KEYS, SUFFIXES, build_model, check_rotary, flowtok_config, listed,
                                  read_state, tokenizer_config, tokenizer_names)
 from .config import FlowTokConfig, from_json, to_json
 from .models.flowtok import FlowTok, is_training_only, save_weights
@@ -257,22 +255,3 @@ def convert(
     write_whole(folder / 'README.md', model_card(model, config, path.name))
     save_weights(model, folder / 'model.safetensors')
     return folder
-
-# %% ../nbs/pretrained.ipynb #a6bb4be4
-def main():
-    "Entry point of `python -m flowtok.pretrained SOURCE FOLDER`."
-    parser = argparse.ArgumentParser(prog='python -m flowtok.pretrained', description=convert.__doc__)
-    parser.add_argument('source', help="a file (.pth, .bin, .safetensors), 'owner/name' or 'owner/name/file'")
-    parser.add_argument('folder', help='where to write, created when absent')
-    parser.add_argument('--activation', choices=('quick_gelu', 'gelu'), help='of the CLIP tower')
-    for name in (*KNOWN_HEADS, 'image_size'):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help='where the file does not tell it')
-    given = vars(parser.parse_args())
-    try:
-        print(convert(given.pop('source'), given.pop('folder'), **given))
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
-
-
-if __name__ == '__main__' and '__file__' in globals():  # a module has a file, this notebook has none
-    main()

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from readme import markdown, root
 
 nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-packages = 'config files flow models losses data training pipeline pretrained evaluation experiments speed __init__'.split()  # each imports those before it
+packages = 'config files flow models losses data training pipeline pretrained evaluation experiments speed cli __init__'.split()  # each imports those before it
 
 
 def cells(path, kind='code'):
@@ -175,6 +175,14 @@ def test_notebooks_are_fit_to_read(path):
 @pytest.mark.parametrize('path', run_notebooks, ids=ident)
 def test_run_notebooks_take_parameters(path):
     assert [c for c in cells(path) if 'parameters' in c['metadata'].get('tags', [])], 'no cell tagged parameters'
+
+
+@pytest.mark.parametrize('path', run_notebooks, ids=ident)
+def test_papermill_lists_every_parameter(path):
+    from papermill.inspection import inspect_notebook
+    (cell,) = [c for c in cells(path) if 'parameters' in c['metadata'].get('tags', [])]
+    names = [node.target.id for node in ast.parse(source(cell)).body if isinstance(node, ast.AnnAssign)]
+    assert list(inspect_notebook(str(path))) == names
 
 
 def test_map_of_the_book_names_every_chapter():

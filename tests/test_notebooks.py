@@ -61,7 +61,7 @@ def test_train_on_a_folder_of_your_own_pictures(tmp_path):
         (tmp_path / f'{i}.jpg').write_bytes(picture(70 + i, 90, seed=i, kind='jpeg'))
         (tmp_path / f'{i}.txt').write_text(f'my picture {i} of a red something')
     (tmp_path / '5.jpg').write_bytes(b'no picture')
-    done = subprocess.run([sys.executable, '-m', 'flowtok.data.convert', 'folder', '.', 'shards'], cwd=tmp_path, capture_output=True)
+    done = subprocess.run([sys.executable, '-m', 'flowtok.cli', 'shards', 'folder', '.', 'shards'], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (tmp_path / 'list.json').write_text('[{"shards": "shards/*.tar", "min_side": 64}, {"shards": "shards/{00000..00001}.tar"}]')
     done = papermill('train', tmp_path, '-p', 'data', str(tmp_path / 'list.json'), '-p', 'prompts', '0')

@@ -6,11 +6,9 @@
 __all__ = ['QUESTIONS', 'NOT_MEASURED', 'MEASURES', 'SAME_VARIANT', 'CONTENTS', 'find_records', 'records_of', 'conditions_of',
            'Measured', 'from_pictures', 'from_captions', 'from_speed', 'from_training', 'all_measured', 'beside',
            'count_parameters', 'table_1', 'table_5', 'table_6', 'interval_of', 'summarise', 'compare', 'sentence_of',
-           'summary_rows', 'table_4', 'figure_2', 'contents_row', 'readme', 'build_tables', 'main']
+           'summary_rows', 'table_4', 'figure_2', 'contents_row', 'readme', 'build_tables']
 
 # %% ../../nbs/experiments/04_tables.ipynb #93abf985
-import argparse
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from statistics import fmean, stdev
 
 from ..config import presets, recipe
 from .paper import COLUMNS_2, SCORE_NAMES, SOURCES, TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, TABLE_6
-from .records import RunRecord, read_record, repository_root, write_table
+from .records import RunRecord, read_record, write_table
 from ..files import write_atomically
 
 # %% ../../nbs/experiments/04_tables.ipynb #5759e1e1
@@ -362,7 +360,7 @@ def readme(folder: Path, records: dict[str, RunRecord]) -> str:
               for where, run in records.items() if run.question not in QUESTIONS.values()]
     sentences = [sentence for notebook in MEASURES for sentence in summary_rows(records, notebook)[1]]
     parts = ["# The paper's tables and figures, rebuilt",
-             "Written by `python -m flowtok.experiments.tables` from the records in this folder and from the paper's values in "
+             "Written by `flowtok tables` from the records in this folder and from the paper's values in "
              "`nbs/experiments/03_paper.ipynb`; edit neither this file nor a table by hand. A number that was measured here stands beside "
              "its label: the scale, *reduced* where it is smaller than the paper's, and every stand-in. Such a number says how "
              "this code behaves, and cannot be compared with the paper's. [All measured numbers of tables 2 and 3](measured.md) "
@@ -393,19 +391,3 @@ def build_tables(
         write_table(rows, folder / name)
     write_atomically(folder / 'README.md', readme(folder, records))
     return [*(folder / f'{name}{ending}' for name in tables for ending in ('.csv', '.md')), folder / 'README.md']
-
-
-def main() -> None:
-    "Entry point of `python -m flowtok.experiments.tables`."
-    parser = argparse.ArgumentParser(prog='python -m flowtok.experiments.tables', description='Build all tables from the records.')
-    parser.add_argument('folder', nargs='?', help='with the records (default: papers_results)')
-    given = parser.parse_args().folder
-    try:
-        written = build_tables(given or repository_root() / 'papers_results')
-    except (OSError, ValueError) as error:
-        sys.exit(f'{type(error).__name__}: {error}')
-    print(f'{len(written)} files, from {written[0].name} to {written[-1].name}')
-
-
-if __name__ == '__main__' and '__file__' in globals():  # a module has a file, this notebook has none
-    main()

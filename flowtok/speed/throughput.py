@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['Comparison', 'make_pipeline', 'some_prompts', 'draw', 'compare_sampling', 'stage_rows', 'whole_picture',
            'BenchFlowStage', 'make_stage', 'make_batch', 'our_training', 'compare_training', 'training_rows',
-           'pays_from', 'compile_row', 'run_benchmark', 'speed_record', 'main']
+           'pays_from', 'compile_row', 'run_benchmark', 'speed_record', 'benchmark']
 
 # %% ../../nbs/speed/03_throughput.ipynb #56aacd62
-import argparse
 import copy
 import gc
 import math
 import os
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -26,7 +24,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from ..config import FlowTokConfig, preset, presets, recipe, stages
+from ..config import FlowTokConfig, preset, recipe, stages
 from .roofline import evaluations, floor, image_operations, measure_ceilings, peak_memory, race, seconds, stage_costs, training_operations
 from ..flow.path import Share
 from ..models.flowtok import FlowTok
@@ -339,35 +337,25 @@ def speed_record(
                'unit': 'images/s, one A100, batch 64, fp16', 'source': SOURCES['table 2']})
 
 
-def main():
-    "Entry point of `python -m flowtok.speed.throughput`."
-    p = argparse.ArgumentParser(prog='python -m flowtok.speed.throughput', description='Measure speed against the floor and a straightforward version.',
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument('--scale', default='b', choices=tuple(presets), help='size of the models, with random weights')
-    for name, value, what in (('batch-size', 4, 'pictures at a time'), ('steps', 20, 'of the solver'), ('repeats', 3, 'of each measurement'),
-                              ('train', 8, "batch of the training steps, the tokenizer's a quarter of it; 0 for none")):
-        p.add_argument(f'--{name}', type=int, default=value, help=what)
-    p.add_argument('--compile', action='store_true', help='measure torch.compile, too: half a minute or more')
-    p.add_argument('--out', default='', help='folder for the tables as CSV and Markdown, and the record; empty: they are only printed')
-    given = p.parse_args()
-    for name, least in (('batch_size', 1), ('steps', 1), ('repeats', 1), ('train', 0)):
-        if getattr(given, name) < least:
-            print(f'{name} must be at least {least}, got {getattr(given, name)}.', file=sys.stderr)
-            sys.exit(1)
-    started = time.time()
-    found = run_benchmark(given.scale, given.batch_size, given.steps, given.repeats, given.train, given.compile)
+def benchmark(
+    scale: str,  # one of flowtok.config.presets
+    batch_size: int,  # images at a time
+    steps: int,  # of the solver
+    repeats: int,  # of each measurement
+    train: int,  # batch of the training steps, 0 for none
+    compile: bool,  # whether to measure torch.compile, too
+    out: str = '',  # folder for tables and record; empty: they are only printed
+):
+    "Run the benchmark, print its tables and keep them in a folder."
+    parameters, started = dict(scale=scale, batch_size=batch_size, steps=steps, repeats=repeats, train=train, compile=compile), time.time()
+    found = run_benchmark(scale, batch_size, steps, repeats, train, compile)
     for name, rows in found.items():
         if isinstance(rows, list):
             print(f'\n{name}\n')
             for row in rows:
                 print(', '.join(f"{key} {f'{value:.4g}' if isinstance(value, float) else value}" for key, value in row.items()))
-            if given.out:
-                Path(given.out).mkdir(parents=True, exist_ok=True)
-                write_table(rows, Path(given.out) / name)
-    if given.out:
-        parameters = {name: value for name, value in vars(given).items() if name != 'out'}
-        write_record(given.out, speed_record(parameters, started, found))
-
-
-if __name__ == '__main__' and '__file__' in globals():  # a module has a file, this notebook has none
-    main()
+            if out:
+                Path(out).mkdir(parents=True, exist_ok=True)
+                write_table(rows, Path(out) / name)
+    if out:
+        write_record(out, speed_record(parameters, started, found))

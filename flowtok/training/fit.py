@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['MAX_SKIPPED', 'Batches', 'begin', 'finish', 'train', 'check_skipped', 'loop', 'cache_tokens', 'processes', 'prepare',
-           'scenes_for', 'parser', 'runs_of', 'carry_out', 'main']
+           'scenes_for', 'train_stages', 'exit_with', 'main']
 
 # %% ../../nbs/training/04_fit.ipynb #147f3355
-import argparse
 import hashlib
 import math
 import os
 import sys
 import time
 from collections import Counter
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch
 
 from ..data.token_cache import check_cache, holds_tokens, write_token_cache
-from ..config import Recipe, from_json, phases, presets, stages, to_json
+from ..config import from_json, stages, to_json
 from ..data.images import to_images
 from .checkpointing import (Log, StopSign, Stopped, checkpoints, everywhere, newest_state, progress_line, restore,
                              save_checkpoint, show_progress, source_warning, step_values, training_state)
 from ..models.flowtok import load_weights, save_weights
-from .tasks import Run, Stage, earlier_weights, plan, stage_classes, vocabulary_for, weights_file
+from .tasks import Run, Stage, earlier_weights, stage_classes, weights_file
 from .optim import Critics, Ema, Noise, cpu_has_bf16, make_optimizers, rate_factor, take_step
 from ..data.mixture import find_sources
 from ..data.loader import open_batches
@@ -254,53 +254,13 @@ def scenes_for(out: str | Path, config, n: int, anywhere: float = 0.) -> str:  #
     write_shards(folder, 'train', n, config.tokenizer.image_size, anywhere=anywhere)
     return str(folder)
 
-
-def parser() -> argparse.ArgumentParser:
-    "The options of the command line."
-    p = argparse.ArgumentParser(prog='flowtok-train', description='Train the stages of a FlowTok.',
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument('--config', help="a run.json, as nbs/train.ipynb leaves it in a stage's folder; alone")
-    p.add_argument('--scale', default='smoke', choices=('smoke', *presets), help='size of the models')
-    p.add_argument('--stage', default='all', choices=('all', *stages), help='what to train')
-    p.add_argument('--data', default='scenes', help="'scenes' (drawn here), shards, or a .json of sources")
-    p.add_argument('--samples', type=int, default=1000, help='scenes to draw')
-    p.add_argument('--anywhere', type=float, default=0., help='share of those scenes whose things lie anywhere, in [0, 1]')
-    p.add_argument('--out', default='run', help='folder of weights, logs and pictures')
-    p.add_argument('--recipe', default=phases[0], choices=phases, help='which of the recipes of table 6')
-    p.add_argument('--changes', default='', help="other values than the recipe's, as 'learning_rate=1e-4 ema=0.999'")
-    for name, kind, what in (('steps', int, "0: the recipe's"), ('longer', float, "times the recipe's steps"),
-                             ('batch-size', int, "over all processes; 0: the recipe's"), ('seed', int, 'of all draws'),
-                             ('keep', int, 'checkpoints kept'), ('workers', int, 'reading processes'),
-                             ('processes', int, '0: one for each GPU')):
-        p.add_argument(f'--{name}', type=kind, default={'longer': 1., 'keep': 2}.get(name, 0), help=what)
-    for name, what in (('clip', "weights of CLIP's text tower: openai, or a file"), ('init', 'folder of a training to start from')):
-        p.add_argument(f'--{name}', default='', help=what)
-    p.add_argument('--resume', default='auto', choices=('auto', 'never'), help='go on from the newest checkpoint')
-    p.add_argument('--memory-budget', type=float, default=1., help='with --compile: share of the activations to keep, in (0, 1]')
-    for name in ('compile', 'tensorboard'):
-        p.add_argument(f'--{name}', action='store_true', help=f'switch {name} on')
-    values = p.add_argument_group("values of the recipe, where they are to differ from the scale's")
-    for f in fields(Recipe):
-        if f.name not in ('steps', 'batch_size', 'betas'):
-            option = {'clip': 'clip-norm'}.get(f.name, f.name.replace('_', '-'))  # --clip names weights of CLIP
-            values.add_argument(f'--{option}', dest=f'recipe.{f.name}', metavar='X')
-    return p
-
 # %% ../../nbs/training/04_fit.ipynb #631b4565
-def runs_of(given: argparse.Namespace) -> list[Run]:
-    "The runs that a command line asks for, in order."
-    values = vars(given)
-    changes = ' '.join([given.changes] + [f"{name[7:]}={x}" for name, x in values.items() if name.startswith('recipe.') and x])
-    small, own = given.scale in ('smoke', 'tiny'), given.data != 'scenes'
-    words = vocabulary_for(given.data, given.out, given.init) if small and own else ()
-    names = ('clip', 'init', 'seed', 'keep', 'workers', 'compile', 'memory_budget', 'tensorboard', 'resume')
-    return [plan(stage, given.scale, given.data, given.out, phase=given.recipe, steps=given.steps, longer=given.longer,
-                 batch_size=given.batch_size, changes=changes, words=words, **{name: values[name] for name in names})
-            for stage in (stages if given.stage == 'all' else (given.stage,))]
-
-
-def carry_out(runs: list[Run], samples: int, anywhere: float = 0.):
-    "Train stages one after the other, each unless its weights are there, telling on standard output how it goes."
+def train_stages(
+    runs: list[Run],
+    samples: int,  # shapes scenes to draw where these are the data
+    anywhere: float = 0.,  # share of them whose things lie anywhere
+):
+    "Train stages one after the other, each unless its weights are there, and print the progress."
     state = processes()
     first = state.is_main_process
     if runs[0].data == 'scenes':
@@ -324,31 +284,28 @@ def carry_out(runs: list[Run], samples: int, anywhere: float = 0.):
         train(run, tell)
 
 # %% ../../nbs/training/04_fit.ipynb #9ad32ee5
-def main():
-    "Entry point of `flowtok-train` and `python -m flowtok.training.fit`."
-    given = parser().parse_args()
-    gpus = torch.cuda.device_count()
-    processes = given.processes or gpus or 1
-    if processes > 1 and 'WORLD_SIZE' not in os.environ:
-        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '-m']
-        os.execv(sys.executable, [*command, 'flowtok.training.fit', *sys.argv[1:]])
+def exit_with(work: Callable):
+    "Call a function and end the process: status 1 and one line for bad input, the signal's number where it was stopped."
+    code = 0
     try:
-        if given.config:
-            run = from_json(Path(given.config).read_text(), Run)
-            prepare(run)
-            train(run)
-        else:
-            carry_out(runs_of(given), given.samples, given.anywhere)
+        work()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f'{type(error).__name__}: {error}', file=sys.stderr)
         code = 1
     except Stopped as stopped:
-        print('Stopped as asked, and saved: the same command goes on from here.', file=sys.stderr)
+        print('Stopped as asked, and saved: the same command resumes from here.', file=sys.stderr)
         code = stopped.code
-    else:
-        code = 0
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)                                  # all is written; threads of libraries may not get to abort the exit
+
+
+def main():
+    "Entry point of `python -m flowtok.training.fit run.json`: train one stage."
+    def work():
+        run = from_json(Path(sys.argv[1]).read_text(), Run)
+        prepare(run)
+        train(run)
+    exit_with(work)
 
 
 if __name__ == '__main__' and '__file__' in globals():  # a module has a file, this notebook has none

@@ -43,7 +43,7 @@ def launch(
     command = [sys.executable, '-m']
     if processes > 1:
         command += ['torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '-m']
-    command += ['flowtok.training.fit', '--config', str(run.folder / 'run.json'), '--processes', str(processes)]
+    command += ['flowtok.training.fit', str(run.folder / 'run.json')]
     threads = max(1, (os.cpu_count() or 1) // (processes * stages_at_once))
     old = log.stat().st_ino if log.exists() else None
     with errors.open('w') as sink:

@@ -163,7 +163,7 @@ def test_tables_are_what_the_records_give(tmp_path):
     made = tables.build_tables(copy)
     assert {path.name for path in made} == {f'{name}{ending}' for name in written for ending in ('.csv', '.md')} | {'README.md'}
     changed = [path.name for path in made if path.read_text() != (folder / path.name).read_text()]
-    assert not changed, f'{changed}: run python -m flowtok.experiments.tables'
+    assert not changed, f'{changed}: run flowtok tables'
 
 
 def numbers(value):
@@ -229,12 +229,12 @@ def test_the_command_tells_a_broken_record(tmp_path):
     run = of_coco()
     (tmp_path / 'a').mkdir()
     write_record(tmp_path / 'a', replace(run, question='Other?'))
-    done = subprocess.run([sys.executable, '-m', 'flowtok.experiments.tables', str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'flowtok.cli', 'tables', str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0 and '17 files' in done.stdout and 'Other?' in (tmp_path / 'README.md').read_text()
     values = json.loads((tmp_path / 'a' / 'result.json').read_text())
     del values['seed']
     (tmp_path / 'a' / 'result.json').write_text(json.dumps(values))
-    done = subprocess.run([sys.executable, '-m', 'flowtok.experiments.tables', str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'flowtok.cli', 'tables', str(tmp_path)], capture_output=True, text=True)
     assert done.returncode and 'is not a record' in done.stderr and 'Traceback' not in done.stderr
 
 

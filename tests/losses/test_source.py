@@ -114,10 +114,10 @@ SMALL_PAPER = replace(preset('b'), flow=FlowConfig(2, 64, 4), text=replace(
 def two_steps(config, kind):
     "The losses of two optimiser steps of text to image on the features of two captions."
     from flowtok.losses.objective import total
-    from flowtok.training.tasks import change_recipe
+    from flowtok.training.tasks import parse_changes
     from flowtok.training.optim import make_optimizers
     torch.manual_seed(0)
-    how = change_recipe(recipe('b', 'text-to-image'), CHANGES[kind])
+    how = replace(recipe('b', 'text-to-image'), **parse_changes(CHANGES[kind]))
     model, objective = FlowTok(replace(config, source=how.source_config)), flow_objective(how)
     optimizers, losses = make_optimizers(model, how), []
     features, tokens = torch.randn(2, 77, config.text.width), torch.randn(2, 77, 16)
