@@ -6,7 +6,7 @@
 __all__ = ['IMAGE_ENDINGS', 'TABLES', 'IMAGE_COLUMNS', 'CAPTION_COLUMNS', 'FILE_ENDINGS', 'AHEAD', 'Picture', 'read_json',
            'image_folder', 'coco_pictures', 'mjhq_pictures', 'folder_pictures', 'number_or_text', 'read_rows',
            'find_column', 'table_pictures', 'Dropped', 'shrink', 'pack_image', 'is_inside', 'read_captions',
-           'make_sample', 'stats_path', 'is_done', 'pack_shard', 'follow_parent', 'shared_map', 'check_request',
+           'make_sample', 'stats_path', 'is_done', 'pack_shard', 'exit_with_parent', 'shared_map', 'check_request',
            'list_reasons', 'finish', 'convert_pictures']
 
 # %% ../../nbs/data/07_convert.ipynb #5e54e3fb
@@ -313,7 +313,7 @@ def pack_shard(
 AHEAD = 256  # pictures that are made before they are written
 
 
-def follow_parent() -> None:
+def exit_with_parent() -> None:
     "Leave Ctrl-C to the process that started this one, and end with it."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -339,9 +339,9 @@ def shared_map(
         return
     resource_tracker.ensure_running()               # later, it would let the signal through again
     handler = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})             # inherited, until `follow_parent` runs
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})             # inherited, until `exit_with_parent` runs
     try:
-        with ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), follow_parent) as pool:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), exit_with_parent) as pool:
             for _ in range(processes):
                 pool.submit(abs, 0)                                              # starts one
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_FILE', 'UNSAFE', 'SHARD_CACHE_BYTES', 'shard_cache', 'MAX_CAPTION', 'MAX_PIXELS', 'SHORTEST', 'FORMATS',
            'IMAGE_FILES', 'find_shards', 'is_remote', 'Header', 'tar_files', 'parse_shard', 'cached_shard',
-           'cache_shard', 'read_shard', 'read_samples', 'Skip', 'note', 'text_of', 'facts_of', 'captions_of', 'to_rgb',
-           'fit_image', 'open_image', 'decode_image', 'to_images', 'to_pixels', 'image_bytes', 'read_moments']
+           'cache_shard', 'read_shard', 'read_samples', 'Skip', 'record_repair', 'text_of', 'metadata_of',
+           'captions_of', 'to_rgb', 'fit_image', 'open_image', 'decode_image', 'to_images', 'to_pixels', 'image_bytes',
+           'read_moments']
 
 # %% ../../nbs/data/03_images.ipynb #62cc7dae
 import glob
@@ -163,7 +164,7 @@ class Skip(Exception):
     "A sample is not used; the message is the reason, a few words to count it by."
 
 
-def note(sample: dict, repair: str):
+def record_repair(sample: dict, repair: str):
     "Remember in a sample what was put right."
     sample.setdefault('__repairs__', set()).add(repair)
 
@@ -176,11 +177,11 @@ def text_of(
     try:
         return sample[ending].decode()
     except UnicodeDecodeError:
-        note(sample, f'{ending} not UTF-8')
+        record_repair(sample, f'{ending} not UTF-8')
         return sample[ending].decode(errors='replace')
 
 
-def facts_of(
+def metadata_of(
     sample: dict,  # from `read_shard`
 ) -> dict:  # empty where there is no json or it cannot be read
     "What the json of a sample says."
@@ -192,7 +193,7 @@ def facts_of(
             except (ValueError, RecursionError):
                 facts = None
             if not isinstance(facts, dict):
-                note(sample, 'json not readable')
+                record_repair(sample, 'json not readable')
         sample['__facts__'] = facts if isinstance(facts, dict) else {}
     return sample['__facts__']
 
@@ -205,12 +206,12 @@ def captions_of(
     key: str = '',  # ending of a file or entry of the json; '' for the usual places
 ) -> list[str]:  # at least one, none empty; Skip where there are none
     "Every caption of a sample."
-    facts, names = facts_of(sample), [key] if key else ['captions', 'txt', 'caption']
+    facts, names = metadata_of(sample), [key] if key else ['captions', 'txt', 'caption']
     for name in names:
         told = text_of(sample, name) if name in sample else facts.get(name)
         texts = [text.strip() for text in (told if isinstance(told, list) else [told]) if isinstance(text, str)]
         if any(len(text) > MAX_CAPTION for text in texts):
-            note(sample, 'caption cut')
+            record_repair(sample, 'caption cut')
         if texts := [text[:MAX_CAPTION] for text in texts if text]:
             return [text.encode(errors='replace').decode() for text in texts]     # half a pair, as JSON may have it
     raise Skip('empty caption' if any(name in sample or name in facts for name in names) else 'no caption')

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import build
-from .images import (IMAGE_FILES, MAX_PIXELS, Skip, captions_of, decode_image, facts_of, find_shards, image_bytes,
+from .images import (IMAGE_FILES, MAX_PIXELS, Skip, captions_of, decode_image, metadata_of, find_shards, image_bytes,
                           is_remote, open_image, read_moments, read_shard)
 from ..config import split_words
 
@@ -117,7 +117,7 @@ def size_of(
     sample: dict,  # from `read_shard`
 ) -> tuple[float, float]:  # width and height in pixels, both above 0; Skip where they are unknown
     "How large the picture of a sample was before anybody resized it."
-    facts = facts_of(sample)
+    facts = metadata_of(sample)
     for side in 'original_', '':
         width, height = number_in(facts, f'{side}width'), number_in(facts, f'{side}height')
         if width > 0 and height > 0:
@@ -139,11 +139,11 @@ def check_filters(
         if sides[1] < source.min_side:
             raise Skip('resolution')
     if source.aesthetic_key:
-        score = number_in(facts_of(sample), source.aesthetic_key)
+        score = number_in(metadata_of(sample), source.aesthetic_key)
         if not score > source.min_aesthetic:
             raise Skip('aesthetic score unknown' if math.isnan(score) else 'aesthetic score')
     if source.watermark_key:
-        probability = number_in(facts_of(sample), source.watermark_key)
+        probability = number_in(metadata_of(sample), source.watermark_key)
         if not probability <= source.max_watermark:
             raise Skip('watermark unknown' if math.isnan(probability) else 'watermark')
 

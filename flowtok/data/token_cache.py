@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from .images import captions_of, decode_image, facts_of, find_shards, image_bytes, read_shard
+from .images import captions_of, decode_image, metadata_of, find_shards, image_bytes, read_shard
 from .mixture import Source, use_sample
 from .loader import NoSamples, describe_counts, load, share_of_worker
 
@@ -31,7 +31,7 @@ class CacheReader:
 
     def __call__(self, sample: dict, source: Source, rng=None) -> tuple[np.ndarray, dict]:
         captions, repairs = captions_of(sample, source.caption_key), sample.setdefault('__repairs__', set())
-        facts = {key: value for key, value in facts_of(sample).items() if key != 'exif'} | {'captions': captions}
+        facts = {key: value for key, value in metadata_of(sample).items() if key != 'exif'} | {'captions': captions}
         kept = {'__key__': sample['__key__'], 'txt': captions[0].encode(), 'json': json.dumps(facts).encode()}
         for ending in {'recap_txt', source.recaption_key} & set(sample) - set(kept):
             kept[ending] = sample[ending]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import source_kinds
-from ..flow.path import Share, as_share, draw_indicator, exchange_targets, interpolate, sample_time, time_kinds, velocity_target
+from ..flow.path import ShardedRandom, as_sharded_random, draw_indicator, permute_null_targets, interpolate, sample_time, time_kinds, velocity_target
 
 # %% ../../nbs/losses/01_objective.ipynb #9fac7feb
 def flow_matching_loss(
@@ -159,20 +159,20 @@ def flow_terms(
     x1: Tensor,  # target tokens, (b, k, d)
     *,
     objective: ObjectiveConfig = ObjectiveConfig(),  # the choices above
-    generator: torch.Generator | Share | None = None,  # source of randomness
+    generator: torch.Generator | ShardedRandom | None = None,  # source of randomness
 ) -> dict[str, Tensor]:  # flow (b,), and for the log: t (b,), indicator (b,), source_std ()
     "The flow term of a batch, one code path for both directions."
     b, device = len(x0), x0.device
     source_std = x0.detach().std()
     t = sample_time(b, objective.time_sampling, p_start=objective.p_start, power=objective.time_power,
                     mean=objective.time_mean, std=objective.time_std, generator=generator, device=device)
-    share = as_share(generator)
+    share = as_sharded_random(generator)
     if objective.gather:
         everyone = draw_indicator(b * share.world_size, objective.indicator_probability, share.generator, device)
-        x1, indicator = share.own(exchange_targets(share.gather(x1), everyone)), share.own(everyone)
+        x1, indicator = share.own(permute_null_targets(share.gather(x1), everyone)), share.own(everyone)
     else:
         indicator = draw_indicator(b, objective.indicator_probability, generator, device)
-        x1 = exchange_targets(x1, indicator)
+        x1 = permute_null_targets(x1, indicator)
     flow = flow_matching_loss(model.velocity, x0, x1, t, indicator, objective.sigma_min)
     return {'flow': flow, 't': t, 'indicator': indicator, 'source_std': source_std}
 
@@ -183,7 +183,7 @@ def text_to_image_terms(
     image_tokens: Tensor,  # a sample of the tokenizer's posterior, scaled, (b, k, d) with k = n
     *,
     objective: ObjectiveConfig = ObjectiveConfig(),  # the choices above
-    generator: torch.Generator | Share | None = None,  # source of randomness
+    generator: torch.Generator | ShardedRandom | None = None,  # source of randomness
 ) -> dict[str, Tensor]:  # as `flow_terms`, with kl () and align () where their weights are not 0
     "All terms of a batch whose captions become images."
     posterior = model.project(text_features)
@@ -197,7 +197,7 @@ def text_to_image_terms(
     if objective.align_weight:
         pooled = objective.align_target == 'pool'
         target = pool_target(text_features, z.shape[-1]) if pooled else model.alignment_target(text_features)
-        z, target = (as_share(generator).gather(x) if objective.gather else x for x in (z, target))
+        z, target = (as_sharded_random(generator).gather(x) if objective.gather else x for x in (z, target))
         terms['align'] = alignment_loss(z, target, model.temperature, objective.align_loss, objective.margin)
     return terms
 
@@ -208,7 +208,7 @@ def image_to_text_terms(
     text_tokens: Tensor,  # a sample of a frozen text projector, (b, n, d) with n = k
     *,
     objective: ObjectiveConfig = ObjectiveConfig(),  # the choices above; kl and align are not used
-    generator: torch.Generator | Share | None = None,  # source of randomness
+    generator: torch.Generator | ShardedRandom | None = None,  # source of randomness
 ) -> dict[str, Tensor]:  # as `flow_terms`
     "All terms of a batch whose images become captions: the flow alone, the two other weights being 0."
     return flow_terms(model, image_tokens, text_tokens, objective=objective, generator=generator)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..flow.path import Share, draw
+from ..flow.path import ShardedRandom, draw
 
 # %% ../../nbs/models/01_layers.ipynb #35e7fe9b
 class DiagonalGaussian:
@@ -44,7 +44,7 @@ class DiagonalGaussian:
 
     def sample(
         self,
-        generator: torch.Generator | Share | None = None,  # source of randomness; the noise is drawn on its device
+        generator: torch.Generator | ShardedRandom | None = None,  # source of randomness; the noise is drawn on its device
     ) -> Tensor:  # (b, k, d)
         "A draw, through which gradients reach mean and log-variance."
         return self.mean + self.std * draw(torch.randn, self.mean.shape, generator, self.mean.device).to(self.mean)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['clip_name', 'transformers_names', 'tell_truncation', 'checked_captions', 'pad_ids', 'word_ids', 'WordTextEncoder',
            'find_clip', 'from_transformers', 'load_clip', 'clip_tower', 'tower_features', 'ClipTextEncoder',
-           'text_encoder', 'OutsideNorm', 'ProjectorLayer', 'TextProjector', 'AlignmentMLP', 'TextDecoder',
+           'text_encoder', 'OutsideEpsilonNorm', 'ProjectorLayer', 'TextProjector', 'AlignmentMLP', 'TextDecoder',
            'TextAutoencoder']
 
 # %% ../../nbs/models/03_text.ipynb #ca3d8d93
@@ -245,7 +245,7 @@ def text_encoder(
     return ClipTextEncoder(config, pretrained) if config.encoder == 'clip' else WordTextEncoder(config)
 
 # %% ../../nbs/models/03_text.ipynb #d9b730e7
-class OutsideNorm(nn.Module):
+class OutsideEpsilonNorm(nn.Module):
     "A layer norm with epsilon outside the root: g (x - mean) / (s + eps) + b, s the unbiased standard deviation."
 
     def __init__(
@@ -275,7 +275,7 @@ class ProjectorLayer(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.norm1, self.norm2 = OutsideNorm(width), OutsideNorm(width)
+        self.norm1, self.norm2 = OutsideEpsilonNorm(width), OutsideEpsilonNorm(width)
 
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..flow.path import Share
+from ..flow.path import ShardedRandom
 from ..flow.solver import guide
 from ..models.layers import timestep_features
 from ..models.flowtok import DiT
@@ -111,13 +111,13 @@ def make_noise(pipe: FlowTokPipeline, n: int, seed: int = 0) -> tuple[Tensor, li
 def plain_training(
     stage: Stage,  # that learns
     batch: tuple[Tensor, Tensor],  # as the stage takes it, always the same
-) -> Callable:  # Share -> loss
+) -> Callable:  # ShardedRandom -> loss
     "A step of the plain loop."
     r, learned = stage.run.recipe, [p for p in stage.trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=r.learning_rate, betas=r.betas, weight_decay=r.weight_decay)
     mean = [p.detach().clone() for p in learned]
 
-    def step(share: Share) -> Tensor:
+    def step(share: ShardedRandom) -> Tensor:
         loss = total(stage(*batch, share), stage.weights)
         loss.backward()
         optimizer.step()

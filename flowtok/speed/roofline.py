@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAINED', 'Cost', 'transformer_cost', 'linear_cost', 'stage_costs', 'evaluations', 'image_operations',
-           'training_operations', 'seconds', 'race', 'measure_ceilings', 'floor', 'kilobytes', 'peak_memory']
+           'training_operations', 'seconds', 'time_interleaved', 'measure_ceilings', 'floor', 'kilobytes',
+           'peak_memory']
 
 # %% ../../nbs/speed/01_roofline.ipynb #c76934c2
 import ctypes
@@ -122,7 +123,7 @@ def seconds(
     return time.perf_counter() - began
 
 
-def race(
+def time_interleaved(
     calls: dict[str, Callable],  # by name
     device: torch.device,
     repeats: int = 5,  # of each
@@ -151,11 +152,11 @@ def measure_ceilings(
             if not cuda and (name == 'fp16' or name == 'bf16' and not cpu_has_bf16()):
                 continue
             y = x.to(dtype)
-            times = race({'a': lambda: F.linear(y, y), 'b': lambda: linear(y, y, None)}, device, repeats)
+            times = time_interleaved({'a': lambda: F.linear(y, y), 'b': lambda: linear(y, y, None)}, device, repeats)
             found[name] = 2 * size**3 / min(sum(times.values(), []))
         source = torch.empty(2**28 if cuda else 2**26, device=device)
         target = torch.empty_like(source)
-        found['copy'] = 2 * source.nbytes / min(race({'a': lambda: target.copy_(source)}, device, repeats)['a'])
+        found['copy'] = 2 * source.nbytes / min(time_interleaved({'a': lambda: target.copy_(source)}, device, repeats)['a'])
     return found
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Comparison', 'make_pipeline', 'some_prompts', 'draw', 'compare_sampling', 'stage_rows', 'whole_picture',
            'BenchFlowStage', 'make_stage', 'make_batch', 'our_training', 'compare_training', 'training_rows',
-           'pays_from', 'compile_row', 'run_benchmark', 'speed_record', 'benchmark']
+           'break_even', 'compile_row', 'run_benchmark', 'speed_record', 'benchmark']
 
 # %% ../../nbs/speed/03_throughput.ipynb #56aacd62
 import copy
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import FlowTokConfig, preset, recipe, stages
-from .roofline import evaluations, floor, image_operations, measure_ceilings, peak_memory, race, seconds, stage_costs, training_operations
-from ..flow.path import Share
+from .roofline import evaluations, floor, image_operations, measure_ceilings, peak_memory, time_interleaved, seconds, stage_costs, training_operations
+from ..flow.path import ShardedRandom
 from ..models.flowtok import FlowTok
 from ..pipeline import FlowTokPipeline
 from .reference import make_noise, plain_generate, plain_training, relative
@@ -34,7 +34,7 @@ from ..experiments.paper import SOURCES, TABLE_2
 from ..experiments.records import RunRecord, record, write_record, write_table
 from ..training.tasks import FlowStage, Run, Stage, stage_classes
 from ..models.tokenizer import ImageTokenizer
-from ..training.optim import Ema, cpu_has_bf16, make_optimizers, take_step
+from ..training.optim import Ema, cpu_has_bf16, make_optimizers, train_step
 
 # %% ../../nbs/speed/03_throughput.ipynb #1d33308e
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def compare_sampling(
     outputs = {}
     calls = {name: lambda name=name, make=make: outputs.update({name: make(steps)}) for name, make in versions.items()}
     memory = {name: peak_memory(lambda: make(1), pipe.device) for name, make in versions.items()}
-    times = race(calls, pipe.device, repeats, warm_up=0)
+    times = time_interleaved(calls, pipe.device, repeats, warm_up=0)
     return Comparison(times, {name: relative(outputs[name], outputs['straightforward fp32']) for name in pipes}, memory)
 
 # %% ../../nbs/speed/03_throughput.ipynb #0eba20fe
@@ -129,7 +129,7 @@ def stage_rows(
     ask, both = next(iter(pipe.velocity('text-to-image').prepare(torch.arange(steps) / steps))), torch.cat([x, x])
     calls = {'text tower': lambda: pipe.text_encoder(ids), 'projector': lambda: pipe.text_to_image.project(features),
              'velocity': lambda: ask(both, 2), 'decoder': lambda: pipe.tokenizer.decode(x, features)}
-    times, costs, often, rows = race(calls, pipe.device, repeats), stage_costs(pipe.config), evaluations(steps), []
+    times, costs, often, rows = time_interleaved(calls, pipe.device, repeats), stage_costs(pipe.config), evaluations(steps), []
     for stage, found in times.items():
         kind = precision if stage in ('velocity', 'decoder') else 'fp32'
         samples, took = 2 * batch_size if stage == 'velocity' else batch_size, statistics.median(found)
@@ -188,7 +188,7 @@ def our_training(
     stage: Stage,  # that learns
     batch: tuple[Tensor, Tensor],  # of `make_batch`
     precision: str,
-) -> Callable:  # Share -> loss
+) -> Callable:  # ShardedRandom -> loss
     "A step of the training loop."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -198,8 +198,8 @@ def our_training(
     optimizers, ema = make_optimizers(stage.trained, stage.run.recipe), Ema(stage.trained, stage.run.recipe.ema)
     model, *optimizers = accelerator.prepare(stage, *optimizers, device_placement=[True] + [False] * len(optimizers))
 
-    def step(share: Share) -> Tensor:
-        terms = take_step(accelerator, model, stage, optimizers, batch, share, 1.)
+    def step(share: ShardedRandom) -> Tensor:
+        terms = train_step(accelerator, model, stage, optimizers, batch, share, 1.)
         ema.update(0)
         return terms['loss']
     return step
@@ -221,9 +221,9 @@ def compare_training(
 
         def call():
             torch.manual_seed(0)
-            return step(Share(torch.Generator(device).manual_seed(0)))
+            return step(ShardedRandom(torch.Generator(device).manual_seed(0)))
         loss = call().item()                                                     # also warms up
-        return loss, peak_memory(call, device), race({'': call}, device, repeats, warm_up=0)['']
+        return loss, peak_memory(call, device), time_interleaved({'': call}, device, repeats, warm_up=0)['']
     from accelerate.state import AcceleratorState
     versions = {'plain loop fp32': (plain_training,)} | {f'training loop {precision}': (our_training, precision) for precision in precisions}
     found = {}
@@ -254,7 +254,7 @@ def training_rows(
     return rows
 
 # %% ../../nbs/speed/03_throughput.ipynb #f68fdb8b
-def pays_from(
+def break_even(
     compiling: float,  # seconds
     eager: float,  # seconds a picture without it
     compiled: float,  # seconds a picture with it
@@ -280,14 +280,14 @@ def compile_row(
             calls = {name: lambda name=name, which=which: outputs.update({name: draw(which, batch_size, steps)})
                      for name, which in (('eager', pipe), ('compiled', compiled))}
             first = seconds(calls['compiled'], pipe.device)
-            times = race(calls, pipe.device, repeats)
+            times = time_interleaved(calls, pipe.device, repeats)
         except Exception as error:                                               # each compiler fails in its own way
             why = str(error).strip().partition('\n')[0][:200]
             return row | {'pays from so many pictures': f'not measured: {type(error).__name__}: {why}'}
     eager, later = (statistics.median(found) for found in times.values())
     return row | {'seconds of compiling': first - later, 'seconds a call, eager': eager, 'seconds a call, compiled': later,
                   'relative difference': f"{relative(outputs['compiled'], outputs['eager']):.1e}",
-                  'pays from so many pictures': pays_from(first - later, eager / batch_size, later / batch_size)}
+                  'pays from so many pictures': break_even(first - later, eager / batch_size, later / batch_size)}
 
 # %% ../../nbs/speed/03_throughput.ipynb #3843a49d
 def run_benchmark(

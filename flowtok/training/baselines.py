@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['crossflow', 'KINDS', 'CrossAttention', 'CrossBlock', 'initialize_as_dit', 'Conditioned', 'Source2d', 'grid_config',
-           'parameters_of', 'build_network', 'match', 'Twin', 'formats_of', 'step_memory', 'train_twin', 'seconds_to']
+           'parameters_of', 'build_network', 'match', 'Baseline', 'formats_of', 'step_memory', 'train_baseline',
+           'seconds_to']
 
 # %% ../../nbs/training/06_baselines.ipynb #8a29d8dc
 import math
@@ -18,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import FlowConfig, FlowTokConfig, Recipe, SourceConfig, TokenizerConfig, check_heads
-from ..flow.path import Share, draw, draw_indicator, interpolate, sample_time, velocity_target
+from ..flow.path import ShardedRandom, draw, draw_indicator, interpolate, sample_time, velocity_target
 from ..flow.solver import sample
 from ..models.layers import DiagonalGaussian, FinalLayer, ModulatedBlock, TimeEmbedding, attend, sinusoid_positions
 from ..models.flowtok import DiT, FlowTok, source_distribution
 from ..losses.objective import ObjectiveConfig, text_to_image_terms, total
 from ..models.text import AlignmentMLP, TextProjector
-from .optim import Ema, cpu_has_bf16, make_optimizers, rate_factor, seed_of
+from .optim import Ema, cpu_has_bf16, make_optimizers, learning_rate_factor, seed_of
 
 # %% ../../nbs/training/06_baselines.ipynb #08864ea7
 class CrossAttention(nn.Module):
@@ -183,7 +184,7 @@ def parameters_of(module: nn.Module) -> int:
 def build_network(config: FlowTokConfig, kind: str) -> nn.Module:
     "The network of a kind, at the width of the config."
     if kind not in KINDS:
-        raise ValueError(f"Twin {kind!r} is unknown: choose one of {', '.join(KINDS)}.")
+        raise ValueError(f"Baseline {kind!r} is unknown: choose one of {', '.join(KINDS)}.")
     if kind == 'source KL':                                                      # the paper's source, whatever the config's
         return FlowTok(replace(config, source=SourceConfig()))
     return FlowTok(config) if kind == 'source' else Source2d(config) if kind == 'source 2d' else Conditioned(config, kind)
@@ -209,7 +210,7 @@ def match(
 
 # %% ../../nbs/training/06_baselines.ipynb #f18efeca
 @dataclass
-class Twin:
+class Baseline:
     "A network, what it is trained with, and how it is sampled."
     kind: str  # one of KINDS
     network: nn.Module
@@ -225,7 +226,7 @@ class Twin:
         self,
         features: Tensor,  # (b, n, c)
         x1: Tensor,  # the picture's latents, (b, k, d)
-        share: Share,  # of the random numbers
+        share: ShardedRandom,  # of the random numbers
     ) -> dict[str, Tensor]:
         "The terms of a batch."
         o = self.objective
@@ -301,8 +302,8 @@ def step_memory(
     return (3 * learned + remembered + sum(size for place, size in kept.items() if place not in own)) / 1e6
 
 # %% ../../nbs/training/06_baselines.ipynb #d5d591f9
-def train_twin(
-    twin: Twin,
+def train_baseline(
+    twin: Baseline,
     batches: Iterator[tuple[Tensor, Tensor]],  # features (b, n, c) and latents of pictures (b, k, d), without end
     recipe: Recipe,  # steps, optimizer, rates, averaging, precision
     seed: int = 0,  # of the noise
@@ -312,7 +313,7 @@ def train_twin(
     "Train a twin; it has the averaged weights at the end."
     network, seconds = twin.network.train(), 0.
     device = next(network.parameters()).device
-    optimizers, ema, share = make_optimizers(network, recipe), Ema(network, recipe.ema), Share(torch.Generator(device))
+    optimizers, ema, share = make_optimizers(network, recipe), Ema(network, recipe.ema), ShardedRandom(torch.Generator(device))
     rates = [[group['lr'] for group in optimizer.param_groups] for optimizer in optimizers]
     for step in range(1, recipe.steps + 1):
         features, x1 = next(batches)
@@ -324,7 +325,7 @@ def train_twin(
         loss.backward()
         for optimizer, highest in zip(optimizers, rates):
             for group, rate in zip(optimizer.param_groups, highest):
-                group['lr'] = rate * rate_factor(step - 1, recipe)
+                group['lr'] = rate * learning_rate_factor(step - 1, recipe)
             optimizer.step()
             optimizer.zero_grad()
         ema.update(step - 1)

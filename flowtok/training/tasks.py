@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import WORDS, FlowTokConfig, Recipe, from_json, preset, presets, recipe, stages
-from ..flow.path import Share, draw
+from ..flow.path import ShardedRandom, draw
 from ..flow.solver import sample
 from ..models.layers import DiagonalGaussian
 from ..models.flowtok import FlowTok, direction_config, load_weights
@@ -196,7 +196,7 @@ class TokenizerStage(Stage):
                                                   r.gan_weight, r.gan_start, r.lecam_weight)
         self.weights, self.critical = self.objective.weights, bool(r.perceptual_weight or r.gan_weight)
 
-    def forward(self, images: Tensor, ids: Tensor, share: Share) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, ids: Tensor, share: ShardedRandom) -> dict[str, Tensor]:
         without = draw(torch.rand, (), share) < self.run.recipe.text_drop
         text = None if without else self.features(ids)
         return tokenizer_terms(self.trained, images, text, objective=self.objective, generator=share,
@@ -222,7 +222,7 @@ class TextStage(Stage):
 
     def first(self, x): return x
 
-    def forward(self, nothing: Tensor, ids: Tensor, share: Share) -> dict[str, Tensor]:
+    def forward(self, nothing: Tensor, ids: Tensor, share: ShardedRandom) -> dict[str, Tensor]:
         posterior = self.trained.projector(self.features(ids))
         logits = self.trained.decoder(posterior.sample(share))                   # (b, n, vocabulary)
         exact = (logits.argmax(-1) == ids).all(1).float().mean()
@@ -265,13 +265,13 @@ class FlowStage(Stage):
 
     def first(self, x): return x
 
-    def image_tokens(self, moments: Tensor, share: Share) -> Tensor:  # (b, k, 2 d) -> as the flow sees it, (b, k, d)
+    def image_tokens(self, moments: Tensor, share: ShardedRandom) -> Tensor:  # (b, k, 2 d) -> as the flow sees it, (b, k, d)
         posterior = DiagonalGaussian.from_moments(moments, (-30., 20.))
         noise = self.run.recipe.image_noise
         tokens = posterior.sample(share) if noise == 1 else posterior.mean if noise == 0 else posterior.mean.lerp(posterior.sample(share), noise)
         return self.tokenizer.to_flow(tokens)
 
-    def forward(self, moments: Tensor, ids: Tensor, share: Share) -> dict[str, Tensor]:
+    def forward(self, moments: Tensor, ids: Tensor, share: ShardedRandom) -> dict[str, Tensor]:
         tokens, features = self.image_tokens(moments, share), self.features(ids)
         if self.from_text:
             return text_to_image_terms(self.trained, features, tokens, objective=self.objective, generator=share)
@@ -294,7 +294,7 @@ class FlowStage(Stage):
         if self.from_text:
             return None
         how = self.run.config.sampling
-        z = sample(self.trained.velocity, self.image_tokens(moments, Share()), num_inference_steps=how.caption_steps,
+        z = sample(self.trained.velocity, self.image_tokens(moments, ShardedRandom()), num_inference_steps=how.caption_steps,
                    guidance_scale=how.caption_guidance)
         return self.text_encoder.decode_ids(self.text.decoder(z).argmax(-1))
 

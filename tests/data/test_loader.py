@@ -19,7 +19,7 @@ import flowtok.data.loader as streams
 from flowtok.data.images import MAX_CAPTION, Skip, captions_of, find_shards, read_samples, read_shard
 from flowtok.data.mixture import (ImageReader, Source, TokenReader, check_filters, choose_caption, find_sources, paper_sources,
                              use_sample)
-from flowtok.data.loader import NoSamples, mix, open_batches, shard_of_visit
+from flowtok.data.loader import NoSamples, shuffle_buffer, open_batches, shard_of_pass
 
 
 # sources ---------------------------------------------------------------------------------------------------
@@ -192,14 +192,14 @@ def same(a, b):
 
 def test_visits_of_all_streams_are_epochs():
     for shards, S in ((3, 8), (8, 3), (5, 5)):
-        visits = [shard_of_visit(n // S, n % S, S, shards, 7, 0) for n in range(shards * 6)]
+        visits = [shard_of_pass(n // S, n % S, S, shards, 7, 0) for n in range(shards * 6)]
         epochs = [tuple(visits[i:i + shards]) for i in range(0, len(visits), shards)]
         assert all(sorted(epoch) == list(range(shards)) for epoch in epochs) and len(set(epochs)) > 1
 
 
 def test_mixing_loses_nothing():
     for size in (1, 3, 50):
-        mixed = list(mix(iter(range(20)), size, np.random.default_rng(0)))
+        mixed = list(shuffle_buffer(iter(range(20)), size, np.random.default_rng(0)))
         assert sorted(mixed) == list(range(20)) and (mixed == list(range(20))) == (size == 1)
 
 

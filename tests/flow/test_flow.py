@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowtok.flow.path import draw_indicator, exchange_targets, interpolate, sample_time, time_kinds, velocity_target
+from flowtok.flow.path import draw_indicator, permute_null_targets, interpolate, sample_time, time_kinds, velocity_target
 from flowtok.flow.solver import fit_grid, given_grid, guide, offsets, sample, schedules, solvers, time_grid
 
 goldens = Path(__file__).parents[1] / 'goldens' / 'flowtok_nano'
@@ -60,12 +60,12 @@ def test_sampler_asks_at_the_released_times(golden, tolerance, n):
 
 def test_exchange_and_path_are_the_authors(golden, tolerance):
     indicator, x1 = golden['train_null_indicator'], golden['train_x1']
-    exchanged = exchange_targets(x1, indicator)
+    exchanged = permute_null_targets(x1, indicator)
     assert torch.equal(exchanged, golden['train_null_target_image'])
     x_t = interpolate(golden['text_z'], exchanged, golden['train_t'], sigma_min=1e-5)
     # a path with sigma_min = 0 is about 1e-5 away, hence tighter than the default tolerance
     assert (x_t - golden['train_null_x_t']).abs().max() <= 1e-6 * golden['train_null_x_t'].abs().max()
-    assert torch.equal(exchange_targets(x1, golden['train_plain_indicator']), x1)
+    assert torch.equal(permute_null_targets(x1, golden['train_plain_indicator']), x1)
 
 
 # path, velocity, indicator
@@ -87,7 +87,7 @@ def test_gradients_reach_both_ends(start):
 @pytest.mark.parametrize('flags', [[0, 0, 0, 0, 0], [0, 1, 0, 0, 1], [1, 1, 1, 1, 1], [0, 0, 1, 0, 0]])
 def test_exchange_permutes_the_null_targets(flags):
     x1, indicator = torch.arange(5.), torch.tensor(flags)
-    exchanged = exchange_targets(x1, indicator)
+    exchanged = permute_null_targets(x1, indicator)
     assert sorted(exchanged.tolist()) == x1.tolist()
     assert torch.equal(exchanged[indicator == 0], x1[indicator == 0])
     if sum(flags) > 1:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from flowtok.flow.path import exchange_targets
+from flowtok.flow.path import permute_null_targets
 from flowtok.losses.objective import (ObjectiveConfig, TokenizerObjectiveConfig, align_losses, align_targets, alignment_loss,
                                caption_cross_entropy, direction_loss, edge_map, flow_matching_loss, flow_terms, image_to_text_terms,
                                kl_loss, kl_losses, loss_by_time_bin, pool_target, reconstruction_loss,
@@ -85,7 +85,7 @@ def test_total_adds_up_to_the_authors_loss(golden, described, case):
 
 
 def test_flow_loss_asks_at_the_authors_points(golden):
-    x1 = exchange_targets(golden['train_x1'], golden['train_null_indicator'])
+    x1 = permute_null_targets(golden['train_x1'], golden['train_null_indicator'])
     asked = []
     flow_matching_loss(lambda x, t, i: asked.append((x, t, i)) or torch.zeros_like(x), golden['text_z'], x1,
                        golden['train_t'], golden['train_null_indicator'], sigma_min=1e-5)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from flowtok.models.released import FLOWTOK_NAMES, rename
 from flowtok.config import FlowConfig, FlowTokConfig, TextConfig, TokenizerConfig, preset
-from flowtok.flow.path import exchange_targets
+from flowtok.flow.path import permute_null_targets
 from flowtok.flow.solver import sample, time_grid
 from flowtok.models.layers import timestep_features
 from flowtok.models.flowtok import DiT, FlowTok
@@ -88,7 +88,7 @@ def released_terms(model, golden, case):
     posterior = model.project(golden['text'])
     z = posterior.mean + posterior.std * golden['eps']
     indicator = golden[f'train_{case}_indicator']
-    x1 = exchange_targets(golden['train_x1'], indicator)
+    x1 = permute_null_targets(golden['train_x1'], indicator)
     return {'flow': flow_matching_loss(model.velocity, z, x1, golden['train_t'], indicator, sigma_min=1e-5),
             'kl': released_kl_loss(posterior.mean, posterior.logvar),
             'align': alignment_loss(z, model.alignment_target(golden['text']), model.temperature)}

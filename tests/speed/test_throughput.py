@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowtok.speed.throughput import (compare_sampling, compare_training, compile_row, make_batch, make_pipeline, make_stage, pays_from, run_benchmark,
+from flowtok.speed.throughput import (compare_sampling, compare_training, compile_row, make_batch, make_pipeline, make_stage, break_even, run_benchmark,
                            some_prompts, stage_rows, whole_picture)
 from flowtok.config import FlowConfig, preset, stages
 from flowtok.speed.roofline import evaluations, image_operations, stage_costs, training_operations
-from flowtok.flow.path import Share
+from flowtok.flow.path import ShardedRandom
 from flowtok.flow.solver import guide, sample
 from flowtok.models.layers import Linear, linear
-from flowtok.models.flowtok import MOST_KEPT, FlowTok, Velocity
+from flowtok.models.flowtok import MAX_CACHED_STEPS, FlowTok, Velocity
 from flowtok.losses.objective import total
 from flowtok.pipeline import FlowTokPipeline
 from flowtok.speed.reference import make_noise, plain_generate, plain_velocity, relative
@@ -116,8 +116,8 @@ def test_a_long_grid_is_not_kept():
     model = FlowTok(preset('tiny'))
     torch.nn.init.normal_(model.dit.final.linear.weight)
     fast, x = Velocity(model), torch.randn(1, 16, 16)
-    found = sample(fast, x, num_inference_steps=MOST_KEPT + 1)
-    assert fast.kept is None and torch.allclose(found, sample(model.velocity, x, num_inference_steps=MOST_KEPT + 1), atol=1e-5)
+    found = sample(fast, x, num_inference_steps=MAX_CACHED_STEPS + 1)
+    assert fast.kept is None and torch.allclose(found, sample(model.velocity, x, num_inference_steps=MAX_CACHED_STEPS + 1), atol=1e-5)
 
 
 def test_weights_made_in_inference_mode_are_never_mistaken():
@@ -167,7 +167,7 @@ def test_operations_of_a_training_step_are_those_that_pytorch_counts(stage, size
     learner = make_stage(config, stage)
     batch, counter = make_batch(learner, 3), FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: products})
     with counter:
-        total(learner(*batch, Share(torch.Generator().manual_seed(0))), learner.weights).backward()
+        total(learner(*batch, ShardedRandom(torch.Generator().manual_seed(0))), learner.weights).backward()
     assert counter.get_total_flops() == pytest.approx(3 * training_operations(config, stage), rel=.05)
 
 
@@ -226,7 +226,7 @@ def test_compiling_is_weighed_against_what_it_saves(monkeypatch):
     saved = (row['seconds a call, eager'] - row['seconds a call, compiled']) / 2
     assert float(row['relative difference']) == 0 and row['pictures a call'] == 2
     assert row['pays from so many pictures'] == ('never here' if saved <= 0 else pytest.approx(row['seconds of compiling'] / saved, abs=1))
-    assert pays_from(10., 1., .5) == 20 and pays_from(10., 1., 1.) == 'never here'
+    assert break_even(10., 1., .5) == 20 and break_even(10., 1., 1.) == 'never here'
 
 
 def test_half_precision_is_close_and_told_apart():

@@ -7,7 +7,7 @@ import torch
 
 from flowtok.training import baselines as twins
 from flowtok.config import preset, recipe
-from flowtok.flow.path import Share
+from flowtok.flow.path import ShardedRandom
 from flowtok.flow.solver import sample
 from flowtok.models.flowtok import FlowTok
 from flowtok.losses.objective import ObjectiveConfig, text_to_image_terms
@@ -18,12 +18,12 @@ tiny = preset('tiny')
 configs = {kind: twins.grid_config(tiny) if kind == 'source 2d' else tiny for kind in twins.KINDS}
 
 
-def share(seed=0): return Share(torch.Generator().manual_seed(seed))
+def share(seed=0): return ShardedRandom(torch.Generator().manual_seed(seed))
 
 
 def made(kind, seed=0, **objective):
     torch.manual_seed(seed)
-    twin = twins.Twin(kind, twins.build_network(configs[kind], kind), ObjectiveConfig(time_sampling='uniform', **objective))
+    twin = twins.Baseline(kind, twins.build_network(configs[kind], kind), ObjectiveConfig(time_sampling='uniform', **objective))
     for p in twin.network.parameters():                                          # leave the zeros of the beginning
         p.data += 0.02 * torch.randn(p.shape)
     twin.network.eval()
@@ -118,7 +118,7 @@ def test_training_is_repeatable_and_learns(kind):
         twin, rows, seen = made(kind), batch(kind), []
         before = twin.terms(*rows, share(9))['flow'].mean().item()
         how = replace(recipe('tiny', 'text-to-image'), steps=12, warmup=2, precision='fp32')
-        seconds = twins.train_twin(twin, repeat(rows), how, 3, (6,), lambda step, at: seen.append((step, at)))
+        seconds = twins.train_baseline(twin, repeat(rows), how, 3, (6,), lambda step, at: seen.append((step, at)))
         losses.append(twin.terms(*rows, share(9))['flow'].mean().item())
         weights.append(torch.cat([p.flatten() for p in twin.network.parameters()]))
         assert losses[-1] < before and [step for step, _ in seen] == [6] and 0 < seen[0][1] < seconds

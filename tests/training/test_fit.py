@@ -23,13 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flowtok.training import optim as stepping
 from flowtok.training import fit as engine
 from flowtok.config import from_json, preset, recipe, stages, to_json
-from flowtok.flow.path import Share
+from flowtok.flow.path import ShardedRandom
 from flowtok.training.checkpointing import Log, Stopped, checkpoints, newest_state, save_checkpoint, save_state
 from flowtok.models.flowtok import load_weights
 from flowtok.pipeline import FlowTokPipeline
 from flowtok.data.shapes import write_shards
 from flowtok.training.tasks import Run, parse_changes, plan
-from flowtok.training.optim import Critics, Ema, make_optimizers, rate_factor, take_step
+from flowtok.training.optim import Critics, Ema, make_optimizers, learning_rate_factor, train_step
 from flowtok.models.text import TextAutoencoder
 from flowtok.models.tokenizer import ImageTokenizer
 from flowtok.training.fit import cache_tokens, train
@@ -59,7 +59,7 @@ def test_muon_takes_the_inner_matrices_and_adamw_all_else():
 
 def test_rate_follows_warmup_and_cosine():
     r = replace(recipe('tiny', 'text'), steps=100, warmup=10, schedule='cosine', final_share=.1)
-    assert [round(rate_factor(s, r), 3) for s in (0, 5, 100)] == [0, round(.5 * rate_factor(5, replace(r, warmup=0)), 3), .1]
+    assert [round(learning_rate_factor(s, r), 3) for s in (0, 5, 100)] == [0, round(.5 * learning_rate_factor(5, replace(r, warmup=0)), 3), .1]
 
 
 def test_average_swaps_in_and_out():
@@ -285,7 +285,7 @@ def test_parts_of_a_batch_add_up():
         stage, accelerator = Line(parts), Accelerator(cpu=True)
         model, optimizer = accelerator.prepare(stage, torch.optim.SGD(stage.trained.parameters(), .1))
         before = stage.trained.weight.detach().clone()
-        take_step(accelerator, model, stage, [optimizer], (x, y), Share(), 1.)
+        train_step(accelerator, model, stage, [optimizer], (x, y), ShardedRandom(), 1.)
         ends.append(stage.trained.weight.detach())
         AcceleratorState._reset_state(reset_partial_state=False)
         assert (ends[-1] - before).abs().max() > 1e-3
@@ -348,15 +348,15 @@ def test_no_step_waits_for_the_device(stage, shards, tmp_path):
     critics = dict(gan_weight=.1, gan_learning_rate=1e-4) if stage == 'tokenizer' else {}
     run = short(stage, shards, tmp_path, optimizer='adamw', **critics)
     engine.prepare(run)
-    accelerator, learner = engine.begin(run)
+    accelerator, learner = engine.setup(run)
     optimizers = make_optimizers(learner.trained, run.recipe)
     model, *optimizers = accelerator.prepare(learner, *optimizers)
     critics, ema = Critics(run, learner, accelerator, None) if critics else None, Ema(learner.trained, .9)
     assert critics is None or critics.of.active(0)
-    batch, share = next(engine.Batches(run, learner, accelerator.device)), Share(torch.Generator(), host=torch.Generator())
+    batch, share = next(engine.Batches(run, learner, accelerator.device)), ShardedRandom(torch.Generator(), host=torch.Generator())
     with Waits(share.host) as waits:
         for step in range(2):
-            terms = take_step(accelerator, model, learner, optimizers, batch, share, 1., critics, step)
+            terms = train_step(accelerator, model, learner, optimizers, batch, share, 1., critics, step)
             ema.update(step)
     AcceleratorState._reset_state(reset_partial_state=False)
     assert terms['loss'].isfinite() and not terms['broken'] and not waits.found
@@ -396,7 +396,7 @@ def test_fine_tuning_starts_from_the_averages_of_a_training(shards, tmp_path):
     first = short('tokenizer', shards, tmp_path / 'first')
     train(first)
     second = replace(short('tokenizer', shards, tmp_path / 'second', steps=1, warmup=5), init=first.out)
-    _, stage = engine.begin(second)
+    _, stage = engine.setup(second)
     AcceleratorState._reset_state(reset_partial_state=False)
     assert all(torch.equal(stage.trained.state_dict()[name], x) for name, x in load_file(first.weights).items())
 
