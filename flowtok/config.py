@@ -35,7 +35,7 @@ class TokenizerConfig:
     "The image tokenizer: an encoder and a decoder around a few latent tokens."
     image_size: int = 256  # height and width in pixels that it is trained on
     patch_size: int = 16  # height and width of a patch in pixels
-    num_tokens: int = 77  # K, latent tokens of a picture
+    num_tokens: int = 77  # K, latent tokens of an image
     token_dim: int = 16  # D, channels of a latent token
     encoder_width: int = 768  # ViT-B
     encoder_depth: int = 12
@@ -45,7 +45,7 @@ class TokenizerConfig:
     decoder_heads: int = 16
     positions: str = 'rope'  # 'rope', with SwiGLU: FlowTok's; 'learned', with GELU and class token: TA-TiTok's
     rope_theta: float = 10000.  # base of the rotary frequencies
-    anchored: bool = False  # whether each latent token starts from its own part of the picture
+    anchored: bool = False  # whether each latent token starts from its own part of the image
     initial_logvar: float = 0.  # of the latent tokens
     latent_scale: float = 1.0143  # the flow sees the tokens multiplied by this
 
@@ -65,7 +65,7 @@ class TokenizerConfig:
 
     @property
     def anchor_side(self) -> int:  # 1 where the tokens are not anchored
-        "Latent tokens along a side of the picture."
+        "Latent tokens along a side of the image."
         return math.isqrt(self.num_tokens) if self.anchored else 1
 
 # %% ../nbs/config.ipynb #3f06da3f
@@ -170,11 +170,11 @@ class SourceConfig:
 @dataclass(frozen=True)
 class SamplingConfig:
     "Default sampling settings."
-    steps: int = 20  # of the solver, from a caption to a picture
+    steps: int = 20  # of the solver, from a caption to an image
     guidance: float = 2.  # 1 for none
     guidance_interval: tuple = field(default=(0., 1.), metadata={'optional': True})  # first and last time of guidance from a caption to an image
     temperature: float = 1.  # factor of the source's noise
-    caption_steps: int = 20  # of the solver, from a picture to a caption
+    caption_steps: int = 20  # of the solver, from an image to a caption
     caption_guidance: float = 2.
     schedule: str = 'uniform'  # of the steps: 'uniform', or 'released' as in the authors' code
 
@@ -347,7 +347,7 @@ class Recipe:
     mean_scale: float = 0.  # text-to-image, source 'fixed': as in SourceConfig
     direction_weight: float = 0.  # text-to-image: on the direction term between the source's mean and the image tokens
     image_noise: float = 1.  # text-to-image: share of the posterior's standard deviation in the image tokens: 1 a sample, 0 the mean
-    augment: bool = False  # tokenizer: crop pictures at random and flip half of them
+    augment: bool = False  # tokenizer: crop images at random and flip half of them
     whiten: bool = False  # tokenizer: measure the tokens at the end, so that the flow sees mean 0 and deviation 1
 
     def __post_init__(self):

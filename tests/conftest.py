@@ -23,7 +23,7 @@ def described():
 
 @pytest.fixture(scope='session')
 def folder(tmp_path_factory):
-    "Five shards of seven pictures each, called number 0 to number 34."
+    "Five shards of seven images each, called number 0 to number 34."
     folder = tmp_path_factory.mktemp('shards')
     for k in range(5):
         write(folder / f'{k:05d}.tar', [{'png': picture(seed=i), 'txt': f'number {i}'.encode()}

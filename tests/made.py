@@ -1,4 +1,4 @@
-"""Pictures and shards that tests make for themselves."""
+"""Images and shards that tests make for themselves."""
 import io
 from pathlib import Path
 

@@ -15,7 +15,7 @@ def _rebase(match):
 
 
 def markdown(
-    path=root/'nbs'/'index.ipynb'  # the notebook; its pictures are links to files, not outputs
+    path=root/'nbs'/'index.ipynb'  # the notebook; its images are links to files, not outputs
 ) -> str:  # the README's text
     "The notebook as Markdown, without hidden cells and nbdev's directives, its links seen from the root"
     nb = nbformat.read(path, as_version=4)

@@ -165,7 +165,7 @@ def test_notebooks_are_fit_to_read(path):
     outputs = [o for c in cells(path) for o in c['outputs']]
     assert not [o for o in outputs if o['output_type'] == 'error']
     if path in chapters: assert not [o for o in outputs if o.get('name') == 'stderr'], 'noise on stderr'
-    for o in outputs:  # a picture's base64 may spell anything
+    for o in outputs:  # an image's base64 may spell anything
         o['data'] = {kind: data for kind, data in o.get('data', {}).items() if not kind.startswith('image/')}
     text = json.dumps([outputs, [source(c) for kind in ('code', 'markdown') for c in cells(path, kind)]])
     text = re.sub(r'data:image/[a-z+]+;base64,[\w+/=]+', '', text)

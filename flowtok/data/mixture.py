@@ -116,7 +116,7 @@ def number_in(facts: dict, key: str) -> float:
 def size_of(
     sample: dict,  # from `read_shard`
 ) -> tuple[float, float]:  # width and height in pixels, both above 0; Skip where they are unknown
-    "How large the picture of a sample was before anybody resized it."
+    "How large the image of a sample was before anybody resized it."
     facts = metadata_of(sample)
     for side in 'original_', '':
         width, height = number_in(facts, f'{side}width'), number_in(facts, f'{side}height')
@@ -205,10 +205,10 @@ def common_words(
 # %% ../../nbs/data/04_mixture.ipynb #6c5f6667
 @dataclass(frozen=True)
 class ImageReader:
-    "Reads a picture and one of its captions."
+    "Reads an image and one of its captions."
     size: int  # height and width wanted, pixels
     augment: bool = False  # random crop and flip
-    max_pixels: int = MAX_PIXELS  # of the largest picture to decode
+    max_pixels: int = MAX_PIXELS  # of the largest image to decode
     words: frozenset = frozenset()  # known words of captions; empty for any
 
     def __call__(self, sample: dict, source: Source, rng: np.random.Generator) -> tuple[np.ndarray, str]:
@@ -219,7 +219,7 @@ class ImageReader:
 
 @dataclass(frozen=True)
 class CaptionReader:
-    "Reads one of a sample's captions, and no picture."
+    "Reads one of a sample's captions, and no image."
     words: frozenset = frozenset()  # known words; empty for any
 
     def __call__(self, sample: dict, source: Source, rng: np.random.Generator) -> tuple[np.ndarray, str]:
@@ -228,7 +228,7 @@ class CaptionReader:
 
 @dataclass(frozen=True)
 class TokenReader:
-    "Reads the token moments of a picture and one of its captions."
+    "Reads the token moments of an image and one of its captions."
     token_dim: int  # d
     first: bool = False  # the first caption, not any of them
     num_tokens: int = 0  # k, to refuse other lengths; 0 for any

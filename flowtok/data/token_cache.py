@@ -26,7 +26,7 @@ from .loader import NoSamples, describe_counts, load, share_of_worker
 # %% ../../nbs/data/06_token_cache.ipynb #055fb4ce
 @dataclass(frozen=True)
 class CacheReader:
-    "Reads a picture, and all that is to stand next to its tokens."
+    "Reads an image, and all that is to stand next to its tokens."
     size: int  # height and width wanted, pixels
 
     def __call__(self, sample: dict, source: Source, rng=None) -> tuple[np.ndarray, dict]:
@@ -39,7 +39,7 @@ class CacheReader:
 
 
 class CacheParts(IterableDataset):
-    "Pictures of shards in batches for the tokenizer; no batch reaches across shards."
+    "Images of shards in batches for the tokenizer; no batch reaches across shards."
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ def encode_shards(
 def describe_cache(
     sources: list[Source],
     shards: list[list[str]],  # of each source
-    size: int,  # of the pictures, pixels
+    size: int,  # of the images, pixels
     tokenizer: str,  # name of the tokenizer
 ) -> dict:
     "What a cache is made of, and how it is read."
@@ -137,11 +137,11 @@ def write_token_cache(
     sources: list[Source],  # from `find_sources`
     encode: Callable,  # pixels (b, h, w, 3) uint8 -> moments (b, k, 2 d), mean then log-variance
     folder: str | Path,  # where to write; what is finished there is left as it is
-    size: int,  # of the pictures, pixels
+    size: int,  # of the images, pixels
     *,
     tokenizer: str = '',  # names the tokenizer, to tell its tokens from another's
     batch_size: int = 128,
-    workers: int = 0,  # processes that decode pictures, each a shard at a time; 0 for none
+    workers: int = 0,  # processes that decode images, each a shard at a time; 0 for none
     rank: int = 0,  # which process this is
     world_size: int = 1,  # of how many that encode into this folder
     progress: Callable = iter,  # wraps the iteration over samples, for a bar

@@ -260,26 +260,26 @@ def reconstruction_loss(
 # %% ../../nbs/losses/01_objective.ipynb #b191765b
 def hinge_discriminator_loss(
     real: Tensor,  # logits of originals, any shape
-    fake: Tensor,  # logits of decoded pictures, any shape
+    fake: Tensor,  # logits of decoded images, any shape
 ) -> Tensor:  # mean over patches and the two sides, ()
     "How far the discriminator is from being right everywhere by a margin of 1."
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 def hinge_generator_loss(
-    fake: Tensor,  # logits of decoded pictures, any shape
+    fake: Tensor,  # logits of decoded images, any shape
 ) -> Tensor:  # mean over patches, ()
-    "How little the discriminator takes decoded pictures for originals."
+    "How little the discriminator takes decoded images for originals."
     return -fake.mean()
 
 # %% ../../nbs/losses/01_objective.ipynb #34327876
 def lecam_loss(
     real: Tensor,  # mean logit of this batch's originals, ()
-    fake: Tensor,  # mean logit of its decoded pictures, ()
+    fake: Tensor,  # mean logit of its decoded images, ()
     real_average: Tensor,  # moving average of the one, ()
     fake_average: Tensor,  # moving average of the other, ()
 ) -> Tensor:  # ()
-    "How far the discriminator's opinions of originals and decoded pictures are apart."
+    "How far the discriminator's opinions of originals and decoded images are apart."
     return F.relu(real - fake_average).square() + F.relu(real_average - fake).square()
 
 
@@ -346,7 +346,7 @@ def tokenizer_terms(
     generator: torch.Generator | None = None,  # source of randomness
     keep_decoded: bool = False,  # hand out what was drawn, too, for critics to look at
 ) -> dict[str, Tensor]:  # reconstruction (), kl () where its weight is not 0, decoded (b, 3, h, w) where it is kept
-    "All terms of a batch of pictures that are encoded, sampled and decoded."
+    "All terms of a batch of images that are encoded, sampled and decoded."
     posterior = tokenizer.encode(images)
     decoded = tokenizer.decode(posterior.sample(generator), text_features)
     terms = {'reconstruction': reconstruction_loss(decoded, images, objective.edge_weight)}

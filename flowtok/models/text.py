@@ -135,7 +135,7 @@ transformers_names = {
 
 
 def from_transformers(
-    state: dict[str, Tensor],  # of a CLIP of transformers; what belongs to pictures is left out
+    state: dict[str, Tensor],  # of a CLIP of transformers; what belongs to images is left out
 ) -> dict[str, Tensor]:  # the text tower by open_clip's names
     "The same tensors under other names, queries, keys and values joined."
     found = {}
@@ -158,7 +158,7 @@ def load_clip(
     tower: nn.Module,  # of `clip_tower`, filled in place
     pretrained: str | Path,  # as `find_clip`
 ):
-    "Fills a text tower from a CLIP checkpoint; the picture half is left out."
+    "Fills a text tower from a CLIP checkpoint; the image half is left out."
     import open_clip
     from safetensors import SafetensorError
     path, unused = find_clip(pretrained), ('visual.', 'logit_scale', 'text_projection')

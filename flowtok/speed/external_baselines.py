@@ -105,7 +105,7 @@ def vae(device: str, dtype: torch.dtype, small: bool) -> Callable[[int], Tensor]
 
 
 def build_flow(config: FlowTokConfig, device: str, dtype: torch.dtype, small: bool) -> Timed:
-    "FlowTok, or the CrossFlow-like twin."
+    "FlowTok, or the CrossFlow-like baseline."
     grid = config.tokenizer.num_tokens != config.text.length
     network = (Source2d if grid else FlowTok)(config).to(device, dtype).eval()
     k, d = config.tokenizer.num_tokens, config.tokenizer.token_dim
@@ -200,7 +200,7 @@ def speed_of(
     batch_size: int = 64,  # table 2's
     repeats: int = 3,
 ) -> dict:  # images/s, the seconds of an evaluation and a decoding for the batch, and training samples/s, None where memory is short
-    "Pictures a second from the time of one evaluation and one decoding, and samples a second of training."
+    "Images a second from the time of one evaluation and one decoding, and samples a second of training."
     step = shortest(timed.evaluate, batch_size * (1 if guidance == 1 else 2), repeats)
     decoding = shortest(timed.decode, batch_size, repeats)
     found = {'images/s': batch_size / (steps * step + decoding), 'evaluation (s)': step, 'decoding (s)': decoding}
@@ -214,12 +214,12 @@ def speed_of(
 
 def pipeline_speeds(
     pipe: FlowTokPipeline,
-    prompts: list[str],  # one a picture, all drawn at once
+    prompts: list[str],  # one an image, all drawn at once
     steps: int,
     guidances: tuple[float, ...],
     repeats: int = 3,
 ) -> dict[float, float]:  # guidance -> images/s
-    "Pictures a second from prompt to pixels."
+    "Images a second from prompt to pixels."
     def draw(b, guidance): return pipe(prompts[:b], steps, guidance, output_type='pt', batch_size=b)
     n = len(prompts)
     return {guidance: n / shortest(lambda b: draw(b, guidance), n, repeats) for guidance in guidances}

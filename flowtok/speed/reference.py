@@ -81,7 +81,7 @@ def plain_generate(
     noise: Tensor,  # (b, n, d)
     decode: bool = True,  # False: the tokens
 ) -> Tensor:  # (b, 3, h, w) in [0, 1]
-    "Pictures from captions, without any thought of speed."
+    "Images from captions, without any thought of speed."
     model, how = pipe.text_to_image, pipe.config.sampling
     features = pipe.text_encoder(pipe.text_encoder.tokenize(prompts).to(pipe.device))
     start = model.project(features)
@@ -102,7 +102,7 @@ def relative(x: Tensor, reference: Tensor) -> float:
 
 
 def make_noise(pipe: FlowTokPipeline, n: int, seed: int = 0) -> tuple[Tensor, list[torch.Generator]]:
-    "The noise of n pictures, and generators that give the same."
+    "The noise of n images, and generators that give the same."
     shape = pipe.config.text.length, pipe.config.tokenizer.token_dim
     generators = [[torch.Generator().manual_seed(seed + i) for i in range(n)] for _ in range(2)]
     return torch.stack([torch.randn(shape, generator=g) for g in generators[0]]), generators[1]

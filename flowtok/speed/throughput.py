@@ -87,7 +87,7 @@ def some_prompts(config: FlowTokConfig, n: int) -> list[str]:
 
 
 def draw(pipe: FlowTokPipeline, n: int, steps: int, guidance_scale: float = 2.) -> Tensor:  # (n, 3, h, w)
-    "The same pictures whenever it is called."
+    "The same images whenever it is called."
     return pipe(some_prompts(pipe.config, n), steps, guidance_scale, make_noise(pipe, n)[1], 'pt', batch_size=n)
 
 
@@ -122,7 +122,7 @@ def stage_rows(
     precision: str = 'fp32',  # in which the blocks are; the text side is always fp32
     repeats: int = 3,
 ) -> list[dict]:  # a row of a table for each stage
-    "Time and share of the ceiling of each stage of a picture."
+    "Time and share of the ceiling of each stage of an image."
     k, d = pipe.config.tokenizer.num_tokens, pipe.config.tokenizer.token_dim
     ids = pipe.text_encoder.tokenize(some_prompts(pipe.config, batch_size)).to(pipe.device)
     features, x = pipe.text_encoder(ids), torch.randn(batch_size, k, d, device=pipe.device)
@@ -176,7 +176,7 @@ def make_stage(
     return kind(Run(stage, config, r, '', '')).to(device).train()
 
 
-def make_batch(stage: Stage, n: int) -> tuple[Tensor, Tensor]:  # pictures, nothing or moments; ids
+def make_batch(stage: Stage, n: int) -> tuple[Tensor, Tensor]:  # images, nothing or moments; ids
     "Samples as a stage takes them, of random numbers and fixed captions."
     tokens, ids = stage.run.config.tokenizer, stage.text_encoder.tokenize(some_prompts(stage.run.config, n))
     shape = {'tokenizer': (3, tokens.image_size, tokens.image_size), 'text': ()}.get(stage.run.stage, (tokens.num_tokens, 2 * tokens.token_dim))
@@ -256,10 +256,10 @@ def training_rows(
 # %% ../../nbs/speed/03_throughput.ipynb #f68fdb8b
 def break_even(
     compiling: float,  # seconds
-    eager: float,  # seconds a picture without it
-    compiled: float,  # seconds a picture with it
+    eager: float,  # seconds an image without it
+    compiled: float,  # seconds an image with it
 ) -> int | str:
-    "From how many pictures on compiling takes less time than it saves."
+    "From how many images on compiling takes less time than it saves."
     return math.ceil(compiling / (eager - compiled)) if compiled < eager else 'never here'
 
 

@@ -29,7 +29,7 @@ from .optim import Ema, cpu_has_bf16, make_optimizers, learning_rate_factor, see
 
 # %% ../../nbs/training/06_baselines.ipynb #08864ea7
 class CrossAttention(nn.Module):
-    "The picture's tokens listen to the text's."
+    "The image's tokens listen to the text's."
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -39,7 +39,7 @@ class CrossAttention(nn.Module):
         self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
 
     def listen(self, text: Tensor) -> Tensor:  # (b, n, w) -> keys and values, (2, b, heads, n, w / heads)
-        "What does not depend on the picture."
+        "What does not depend on the image."
         return self.kv(text).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def forward(
@@ -77,7 +77,7 @@ def initialize_as_dit(module: nn.Module):
 
 # %% ../../nbs/training/06_baselines.ipynb #5e1d8436
 class Conditioned(nn.Module):
-    "Noise to picture, with the text as a condition."
+    "Noise to image, with the text as a condition."
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ def grid_config(
     config: FlowTokConfig,  # of FlowTok
     channels: int = 4,  # of a cell
 ) -> FlowTokConfig:  # its tokenizer has one latent a patch, anchored to it
-    "The sizes of a twin with latents in two dimensions: as many as there are patches."
+    "The sizes of a baseline with latents in two dimensions: as many as there are patches."
     cells = (config.tokenizer.image_size // config.tokenizer.patch_size) ** 2
     tokens = replace(config.tokenizer, num_tokens=cells, token_dim=channels, anchored=True, positions='rope')
     return replace(config, name=f'{config.name}-2d', tokenizer=tokens)
@@ -195,7 +195,7 @@ def match(
     kind: str,  # one of KINDS
     wanted: int,  # parameters
 ) -> FlowTokConfig:  # the same with another width of the flow
-    "The config at whose width a twin has as many parameters as another."
+    "The config at whose width a baseline has as many parameters as another."
     step, best = 2 * config.flow.heads, None
     for width in range(step, 2 * config.flow.width, step):
         tried = replace(config, flow=replace(config.flow, width=width))
@@ -225,7 +225,7 @@ class Baseline:
     def terms(
         self,
         features: Tensor,  # (b, n, c)
-        x1: Tensor,  # the picture's latents, (b, k, d)
+        x1: Tensor,  # the image's latents, (b, k, d)
         share: ShardedRandom,  # of the random numbers
     ) -> dict[str, Tensor]:
         "The terms of a batch."
@@ -246,8 +246,8 @@ class Baseline:
         num_inference_steps: int = 20,
         guidance_scale: float = 2.,
         guidance_interval: tuple[float, float] = (0., 1.),  # first and last time of guidance
-    ) -> Tensor:  # latents of pictures, (b, k, d)
-        "Pictures' latents for captions."
+    ) -> Tensor:  # latents of images, (b, k, d)
+        "Images' latents for captions."
         tokens = self.network.config.tokenizer
         noise = torch.randn((len(features), tokens.num_tokens, tokens.token_dim), generator=generator).to(features.device)
         how = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, guidance_interval=guidance_interval)
@@ -304,13 +304,13 @@ def step_memory(
 # %% ../../nbs/training/06_baselines.ipynb #d5d591f9
 def train_baseline(
     twin: Baseline,
-    batches: Iterator[tuple[Tensor, Tensor]],  # features (b, n, c) and latents of pictures (b, k, d), without end
+    batches: Iterator[tuple[Tensor, Tensor]],  # features (b, n, c) and latents of images (b, k, d), without end
     recipe: Recipe,  # steps, optimizer, rates, averaging, precision
     seed: int = 0,  # of the noise
     stops: tuple[int, ...] = (),  # steps at which `look` is called
     look: Callable[[int, float], None] = lambda step, seconds: None,  # with the averaged weights in place
 ) -> float:  # seconds of training
-    "Train a twin; it has the averaged weights at the end."
+    "Train a baseline; it has the averaged weights at the end."
     network, seconds = twin.network.train(), 0.
     device = next(network.parameters()).device
     optimizers, ema, share = make_optimizers(network, recipe), Ema(network, recipe.ema), ShardedRandom(torch.Generator(device))

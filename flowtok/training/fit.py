@@ -38,7 +38,7 @@ from ..models.tokenizer import ImageTokenizer
 
 # %% ../../nbs/training/04_fit.ipynb #38a7e3d7
 class Batches:
-    "Endless batches of one process, on its device: pictures or moments, and ids."
+    "Endless batches of one process, on its device: images or moments, and ids."
 
     def __init__(
         self,

@@ -169,7 +169,7 @@ def step_if_finite(
 
 
 class Critics:
-    "What judges the tokenizer's pictures, and how it learns itself."
+    "What judges the tokenizer's images, and how it learns itself."
 
     def __init__(self, run: Run, stage: Stage, accelerator, state: dict | None):
         r = self.recipe = run.recipe

@@ -42,13 +42,13 @@ class Run:
     stage: str  # one of flowtok.config.stages
     config: FlowTokConfig  # sizes
     recipe: Recipe  # how
-    data: str  # pictures and captions, as flowtok.data.mixture.find_sources takes them
-    out: str  # folder of weights, logs and pictures, common to the four stages
+    data: str  # images and captions, as flowtok.data.mixture.find_sources takes them
+    out: str  # folder of weights, logs and images, common to the four stages
     seed: int = 0
     clip: str = ''  # weights of CLIP: 'openai', a file, or '' for random ones (the small encoder needs none)
     init: str = ''  # folder of a finished training from whose weights this one starts; '' for new weights
     log_every: int = 10  # steps
-    sample_every: int = 250  # steps between pictures
+    sample_every: int = 250  # steps between images
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # newest checkpoints that are kept
     resume: str = 'auto'  # 'auto': go on from the newest checkpoint; 'never': from the start
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        "Where this stage keeps its log, pictures and checkpoints."
+        "Where this stage keeps its log, images and checkpoints."
         return Path(self.out) / self.stage
 
     @property
@@ -105,14 +105,14 @@ def plan(
     stage: str,  # one of flowtok.config.stages
     scale: str = 'smoke',  # 'smoke', or one of flowtok.config.presets
     data: str = '',  # as flowtok.data.mixture.find_sources takes it
-    out: str = '',  # folder of weights, logs and pictures
+    out: str = '',  # folder of weights, logs and images
     *,
     phase: str = 'pre-training',  # one of flowtok.config.phases
     steps: int = 0,  # 0 for the recipe's
     longer: float = 1.,  # how many times the recipe's steps of text to image, and its root those of the other stages
     batch_size: int = 0,  # 0 for the recipe's
     changes: dict | str = '',  # values that differ from the recipe's, by name, or as `parse_changes`
-    anchored: bool = True,  # tiny: whether each image token starts from its own part of the picture
+    anchored: bool = True,  # tiny: whether each image token starts from its own part of the image
     words: tuple = (),  # tiny: that its text encoder knows, as `vocabulary_for`; empty for those of the embedded scenes
     **watching,  # seed, clip, init, keep, workers, compile, memory_budget, tensorboard of Run
 ) -> Run:
@@ -177,16 +177,16 @@ class Stage(nn.Module):
 
     @property
     def reader(self):
-        "How a sample of the data becomes a picture and a caption."
+        "How a sample of the data becomes an image and a caption."
         return ImageReader(self.run.config.tokenizer.image_size, augment=self.run.recipe.augment, words=self.words)
 
     def first(self, x):
-        "Pictures, uint8 (b, h, w, 3), as the networks want them, (b, 3, h, w) in [0, 1]."
+        "Images, uint8 (b, h, w, 3), as the networks want them, (b, 3, h, w) in [0, 1]."
         return x.permute(0, 3, 1, 2).float() / 255
 
 # %% ../../nbs/training/01_tasks.ipynb #ef706830
 class TokenizerStage(Stage):
-    "Pictures to tokens and back."
+    "Images to tokens and back."
 
     def __init__(self, run: Run):
         super().__init__(run)
@@ -279,8 +279,8 @@ class FlowStage(Stage):
             text_tokens = self.text.projector(features).sample(share)
         return image_to_text_terms(self.trained, tokens, text_tokens, objective=self.objective, generator=share)
 
-    def pictures(self, moments: Tensor, ids: Tensor) -> Tensor | None:  # (b, 3, h, w); None from pictures to text
-        "Pictures for captions, with the model's own way of sampling."
+    def pictures(self, moments: Tensor, ids: Tensor) -> Tensor | None:  # (b, 3, h, w); None from images to text
+        "Images for captions, with the model's own way of sampling."
         if not self.from_text:
             return None
         start, how = self.trained.project(self.features(ids)), self.run.config.sampling
@@ -289,8 +289,8 @@ class FlowStage(Stage):
                    guidance_interval=how.guidance_interval)
         return self.tokenizer.decode(self.tokenizer.from_flow(z))
 
-    def captions(self, moments: Tensor, ids: Tensor) -> list[str] | None:  # None from text to pictures
-        "Captions for pictures, with the model's own way of sampling."
+    def captions(self, moments: Tensor, ids: Tensor) -> list[str] | None:  # None from text to images
+        "Captions for images, with the model's own way of sampling."
         if self.from_text:
             return None
         how = self.run.config.sampling

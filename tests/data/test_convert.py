@@ -21,7 +21,7 @@ from flowtok.data.convert import Dropped, Picture, convert_pictures, make_sample
 
 
 def picture_bytes(kind='JPEG', size=(40, 30), mode='RGB', **options):
-    "A picture file"
+    "An image file"
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(stream, kind, **options)
@@ -149,7 +149,7 @@ def test_texts_become_numbers_only_where_they_are_finite_numbers():
     assert {text: shards.number_or_text(text) for text in values} == values and shards.number_or_text(None) is None
 
 
-# pictures
+# images
 
 @pytest.mark.parametrize('kind, ending', [('JPEG', 'jpg'), ('PNG', 'png'), ('WEBP', 'webp')])
 def test_bytes_are_kept_unless_a_picture_is_too_large(kind, ending):

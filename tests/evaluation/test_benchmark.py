@@ -1,4 +1,4 @@
-"Benchmarks: doubles in the layout of the real sets, captions by seed, pictures that no batch changes."
+"Benchmarks: doubles in the layout of the real sets, captions by seed, images that no batch changes."
 import json
 
 import numpy as np

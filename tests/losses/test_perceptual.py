@@ -199,7 +199,7 @@ def test_two_processes_judge_as_one(tmp_path):
 # all critics
 
 class Lightness(nn.Module):
-    "A perceptual network that sees only how light a picture is."
+    "A perceptual network that sees only how light an image is."
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(2.))

@@ -1,4 +1,4 @@
-"Peers: built small where their package is, refused with a cure where it is not, and timed by what a picture costs."
+"Peers: built small where their package is, refused with a cure where it is not, and timed by what an image costs."
 from dataclasses import replace
 from importlib.util import find_spec
 

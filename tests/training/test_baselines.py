@@ -1,4 +1,4 @@
-"Twins: what must be equal is equal, and each is the flow that it says it is."
+"Baselines: what must be equal is equal, and each is the flow that it says it is."
 from dataclasses import replace
 from itertools import repeat
 

@@ -453,7 +453,7 @@ def test_each_stage_reads_what_it_needs(tmp_path):
     paper, small = plan('tokenizer', 'xl', out=tmp_path), plan('tokenizer', 'tiny', out=tmp_path)
     assert paper.recipe.augment and not small.recipe.augment             # a flipped scene belies its caption
     assert engine.stage_classes['tokenizer'](replace(small, recipe=replace(small.recipe, augment=True))).reader.augment
-    write(tmp_path / 'captions.tar', [{'txt': b'a red star'}] * 8)         # no pictures
+    write(tmp_path / 'captions.tar', [{'txt': b'a red star'}] * 8)         # no images
     run = short('text', str(tmp_path / 'captions.tar'), tmp_path / 'run', steps=1)
     train(run)
     assert run.weights.exists()
