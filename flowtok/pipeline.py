@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from .config import FlowTokConfig, from_json, stages, to_json
 from .data.images import Skip, decode_image, fit_image, to_images, to_pixels
 from .flow.solver import sample
-from .models.layers import Linear, float32_default
-from .models.flowtok import FlowTok, Velocity, direction_config, load_weights, save_weights
+from .models.fast import CachedVelocity, use_onednn
+from .models.flowtok import FlowTok, direction_config, load_weights, save_weights
+from .models.layers import float32_default
 from .models.text import TextAutoencoder, text_encoder
 from .models.tokenizer import ImageTokenizer
 
@@ -163,7 +164,6 @@ def to(
         block.attn.to(dtype), block.mlp.to(dtype)
     for blocks in sides if dtype else ():
         blocks.to(dtype)
-    self.velocities = {}
     return self if device is None else nn.Module.to(self, device)
 
 
@@ -376,12 +376,10 @@ def prepare_images(
 def velocity(
     self: FlowTokPipeline,
     stage: str,  # 'text-to-image' or 'image-to-text'
-) -> Velocity:
-    "The velocity model of a direction."
-    model = self.parts[stage]
-    if stage not in self.velocities or self.velocities[stage].model is not model:
-        self.velocities[stage] = Velocity(model, self.compiled)
-    return self.velocities[stage]
+) -> Callable:  # for `flowtok.flow.solver.sample`
+    "The velocity of a direction: the model's own, or the fast version that `optimize` has made of it."
+    model, fast = self.parts[stage], self.velocities.get(stage)
+    return fast if fast and fast.model is model else model.velocity
 
 # %% ../nbs/pipeline.ipynb #2b4e3e5d
 @patch
@@ -424,7 +422,7 @@ def quantize_blocks(
         import torchao.quantization as torchao
     except ImportError:
         raise ImportError(f"quantize {kind!r} needs torchao: pip install torchao, or leave quantize out.") from None
-    torchao.quantize_(blocks, getattr(torchao, QUANTIZATIONS[kind])(), lambda layer, name: isinstance(layer, Linear))
+    torchao.quantize_(blocks, getattr(torchao, QUANTIZATIONS[kind])(), lambda layer, name: isinstance(layer, nn.Linear))
 
 
 @patch
@@ -447,5 +445,8 @@ def optimize(
     if compile and 'tokenizer' in self.parts:
         for side in (self.tokenizer.encoder, self.tokenizer.decoder):
             side.compile(dynamic=False)
+    for part in (self.text_encoder, *self.parts.values()):
+        use_onednn(part)
+    self.velocities = {stage: CachedVelocity(part, compile) for stage, part in self.parts.items() if isinstance(part, FlowTok)}
     self.compiled = compile
     return self

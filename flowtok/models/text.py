@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import WORDS, FlowTokConfig, TextConfig, canonical, split_words
-from .layers import Block, DiagonalGaussian, attend, linear, float32_default
+from .layers import Block, DiagonalGaussian, float32_default
 
 # %% ../../nbs/models/03_text.ipynb #f612847c
 @cache  # once per process
@@ -197,12 +197,12 @@ def tower_features(
     "The features of CLIP, from the parts of its tower."
     x = tower.token_embedding(ids) + tower.positional_embedding                  # (b, n, c)
     for block in tower.transformer.resblocks:
-        qkv = linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
+        qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
         heard = F.scaled_dot_product_attention(q, k, v, is_causal=True)          # (b, heads, n, c / heads)
-        x = x + linear(heard.transpose(1, 2).flatten(2), block.attn.out_proj.weight, block.attn.out_proj.bias)
+        x = x + F.linear(heard.transpose(1, 2).flatten(2), block.attn.out_proj.weight, block.attn.out_proj.bias)
         wide, narrow = block.mlp.c_fc, block.mlp.c_proj
-        x = x + linear(block.mlp.gelu(linear(block.ln_2(x), wide.weight, wide.bias)), narrow.weight, narrow.bias)
+        x = x + F.linear(block.mlp.gelu(F.linear(block.ln_2(x), wide.weight, wide.bias)), narrow.weight, narrow.bias)
     return tower.ln_final(x)
 
 # %% ../../nbs/models/03_text.ipynb #8eb487a8
@@ -282,7 +282,7 @@ class ProjectorLayer(nn.Module):
 
     def attend(self, x: Tensor) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        x = attend(q, k, v, self.dropout * self.training)                        # (b, h, n, c/h)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training)                        # (b, h, n, c/h)
         return self.out(x.transpose(1, 2).flatten(2))                            # (b, n, c)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -132,10 +132,10 @@ class Encoder(nn.Module):
             latents = latents + cell_means(x, rows, columns, self.cells)
         x, rope = self.grid(x, rows, columns)
         x = self.norm_pre(torch.cat([x, latents], 1)).to(self.blocks[0].norm1.weight.dtype)  # (b, n + k, width)
-        for block in self.blocks[:-1]:
-            x = block(x, rope)
-        x = self.blocks[-1](x, rope, slice(x.shape[1] - self.num_tokens, None))  # the patches are not read any more
-        return self.to_moments(self.norm_post(x.to(self.norm_post.weight.dtype)))  # (b, k, 2d)
+        for block in self.blocks:
+            x = block(x, rope)                                                   # (b, n + k, width)
+        x = x[:, -self.num_tokens:].to(self.norm_post.weight.dtype)              # (b, k, width)
+        return self.to_moments(self.norm_post(x))                                # (b, k, 2d)
 
 # %% ../../nbs/models/02_tokenizer.ipynb #e05d1f6b
 class Decoder(nn.Module):
@@ -169,10 +169,10 @@ class Decoder(nn.Module):
         if text_features is not None:
             parts.append(self.text_embed(text_features) + self.text_positions)
         x = self.norm_pre(torch.cat(parts, 1)).to(self.blocks[0].norm1.weight.dtype)  # (b, n + k + text_length, width)
-        for block in self.blocks[:-1]:
-            x = block(x, rope)
-        x = self.blocks[-1](x, rope, slice(first, first + n))                    # (b, n, width)
-        patches = self.to_pixels(self.norm_post(x.to(self.norm_post.weight.dtype)))
+        for block in self.blocks:
+            x = block(x, rope)                                                   # (b, n + k + text_length, width)
+        x = x[:, first:first + n].to(self.norm_post.weight.dtype)                # (b, n, width)
+        patches = self.to_pixels(self.norm_post(x))                              # (b, n, 3 * patch_size**2)
         return self.conv_out(join_patches(patches, rows, columns))
 
 # %% ../../nbs/models/02_tokenizer.ipynb #21b549ea

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from ..config import FlowTokConfig
-from ..models.layers import linear
+from ..models.fast import linear
 from ..training.optim import cpu_has_bf16
 
 # %% ../../nbs/speed/01_roofline.ipynb #90cde385
@@ -37,13 +37,9 @@ def transformer_cost(
     width: int,  # of a token
     depth: int,  # blocks
     mlp: int,  # weights of a feed-forward layer
-    wanted: int = 0,  # tokens that the last block works for, 0 for all
 ) -> Cost:
     "Matrix products of a stack of blocks."
-    m = wanted or n
-    full = 2 * n * (4 * width**2 + mlp) + 4 * n**2 * width
-    last = 2 * n * 2 * width**2 + 2 * m * (2 * width**2 + mlp) + 4 * m * n * width
-    return Cost((depth - 1) * full + last, depth * (4 * width**2 + mlp))
+    return Cost(depth * (2 * n * (4 * width**2 + mlp) + 4 * n**2 * width), depth * (4 * width**2 + mlp))
 
 
 def linear_cost(n: int, *widths: int) -> Cost:  # n tokens through layers of these widths
@@ -68,9 +64,9 @@ def stage_costs(config: FlowTokConfig) -> dict[str, Cost]:  # network -> one eva
         'projector': (transformer_cost(n, c, text.projector_depth, 2 * c * text.projector_hidden) + linear_cost(n, c, 2 * d)),
         'modulation': linear_cost(1, 256, w, w) + linear_cost(1, w, (6 * depth + 2) * w),
         'velocity': linear_cost(k, d, w, d) + transformer_cost(k, w, depth, 8 * w**2),
-        'decoder': (transformer_cost(row + n, dec, tokens.decoder_depth, mlp(dec), p) + linear_cost(k, d, dec)
+        'decoder': (transformer_cost(row + n, dec, tokens.decoder_depth, mlp(dec)) + linear_cost(k, d, dec)
                     + linear_cost(n, c, dec) + linear_cost(p, dec, pixels)),
-        'encoder': (transformer_cost(row, enc, tokens.encoder_depth, mlp(enc), k) + linear_cost(p, pixels, enc)
+        'encoder': (transformer_cost(row, enc, tokens.encoder_depth, mlp(enc)) + linear_cost(p, pixels, enc)
                     + linear_cost(k, enc, 2 * d)),
         'text decoder': (transformer_cost(n, text.decoder_width, text.decoder_depth, 8 * text.decoder_width**2)
                          + linear_cost(n, d, text.decoder_width, text.vocab_size)),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..config import FlowConfig, FlowTokConfig, Recipe, SourceConfig, TokenizerConfig, check_heads
 from ..flow.path import ShardedRandom, draw, draw_indicator, interpolate, sample_time, velocity_target
 from ..flow.solver import sample
-from ..models.layers import DiagonalGaussian, FinalLayer, ModulatedBlock, TimeEmbedding, attend, sinusoid_positions
+from ..models.layers import DiagonalGaussian, FinalLayer, ModulatedBlock, TimeEmbedding, sinusoid_positions
 from ..models.flowtok import DiT, FlowTok, source_distribution
 from ..losses.objective import ObjectiveConfig, text_to_image_terms, total
 from ..models.text import AlignmentMLP, TextProjector
@@ -48,7 +48,7 @@ class CrossAttention(nn.Module):
         heard: Tensor,  # from `listen`
     ) -> Tensor:  # (b, k, w)
         q = self.q(self.norm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return self.proj(attend(q, *heard).transpose(1, 2).flatten(2))
+        return self.proj(F.scaled_dot_product_attention(q, *heard).transpose(1, 2).flatten(2))
 
 
 class CrossBlock(ModulatedBlock):

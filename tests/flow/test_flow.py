@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from flowtok.flow.path import draw_indicator, permute_null_targets, interpolate, sample_time, time_kinds, velocity_target
-from flowtok.flow.solver import fit_grid, given_grid, guide, offsets, sample, schedules, solvers, time_grid
+from flowtok.flow.solver import cfg_velocity, fit_grid, given_grid, guide, offsets, sample, schedules, solvers, time_grid
 
 goldens = Path(__file__).parents[1] / 'goldens' / 'flowtok_nano'
 
@@ -201,18 +201,27 @@ def test_a_fitted_grid_follows_the_bend_and_a_straight_path_gets_equal_steps(sta
 
 
 @pytest.mark.parametrize('solver', solvers)
-def test_a_velocity_that_prepares_is_told_all_times_and_asked_in_order(start, solver):
-    class Prepared:
-        def prepare(self, times):
-            self.told = times.tolist()
-            for t in times:
-                yield lambda x, indicators, t=t: swirl(x, t, torch.arange(indicators).repeat_interleave(len(x) // indicators))
+def test_a_velocity_may_bring_its_own_evaluation_and_is_told_the_times_before(start, solver):
+    class Own:
+        def prepare(self, times): self.told = times.tolist()
 
-    velocity = Prepared()
+        def cfg(self, x, t, guidance_scale):
+            assert t.dim() == 0 and t.item() in self.told
+            return cfg_velocity(swirl, x, t, guidance_scale)
+
+    velocity = Own()
     for interval in ((0., 1.), (.3, .7)):
         how = dict(num_inference_steps=6, solver=solver, guidance_interval=interval)
-        assert torch.allclose(sample(velocity, start, **how), sample(swirl, start, **how), atol=1e-12)
+        assert torch.equal(sample(velocity, start, **how), sample(swirl, start, **how))
     assert len(velocity.told) == 6 * len(offsets[solver]) and velocity.told[-1] <= 1
+
+
+def test_a_solver_asks_for_one_velocity_twice_and_gets_it_twice(start):
+    "The velocity inside a solver depends on its arguments alone: any call may be repeated, in any order."
+    def field(x, t): return cfg_velocity(swirl, x, t, 3.)
+    times = torch.tensor([.7, .1, .7, .4], dtype=torch.float64)
+    values = [field(start, t) for t in times]
+    assert torch.equal(values[0], values[2]) and not torch.equal(values[0], values[1])
 
 
 # sampling

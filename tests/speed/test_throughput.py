@@ -15,8 +15,7 @@ from flowtok.config import FlowConfig, preset, stages
 from flowtok.speed.roofline import evaluations, image_operations, stage_costs, training_operations
 from flowtok.flow.path import ShardedRandom
 from flowtok.flow.solver import guide, sample
-from flowtok.models.layers import Linear, linear
-from flowtok.models.flowtok import MAX_CACHED_STEPS, FlowTok, Velocity
+from flowtok.models.flowtok import FlowTok
 from flowtok.losses.objective import total
 from flowtok.pipeline import FlowTokPipeline
 from flowtok.speed.reference import make_noise, plain_generate, plain_velocity, relative
@@ -85,64 +84,6 @@ def test_captions_are_those_of_the_straightforward_loop():
             x1 = plain_euler(pipe.image_to_text.dit, x0, steps, guidance, (0., 1.))
             plain = pipe.text_encoder.decode_ids(pipe.text.decoder(x1).argmax(-1))
         assert pipe.caption(images, steps, guidance, batch_size=2) == plain
-
-
-def test_modulations_are_computed_once_and_noticed_when_weights_change(monkeypatch):
-    model, calls = FlowTok(preset('tiny')), []
-    for p in model.dit.parameters():
-        torch.nn.init.normal_(p, std=.05)
-    made = model.dit.modulations
-    monkeypatch.setattr(model.dit, 'modulations', lambda *a: calls.append(len(a[0])) or made(*a))
-    fast, x = Velocity(model), torch.randn(2, 16, 16)
-    for _ in range(3):
-        sample(fast, x, num_inference_steps=5)
-    sample(fast, x, num_inference_steps=5, guidance_scale=1)
-    assert calls == [10]                                                         # five times, two indicators
-    sample(fast, x, num_inference_steps=6)
-    assert calls == [10, 12]
-    def trained():
-        model.dit.indicator.weight.grad = torch.ones_like(model.dit.indicator.weight)
-        torch.optim.SGD(model.dit.indicator.parameters(), .1).step()
-
-    def loaded():
-        model.load_state_dict({name: p + .01 for name, p in model.state_dict().items()})
-
-    for change in (trained, loaded, lambda: model.double().float(), lambda: torch.nn.init.ones_(model.dit.final.modulation.bias)):
-        change()
-        assert torch.allclose(sample(fast, x, num_inference_steps=6), sample(model.velocity, x, num_inference_steps=6), atol=1e-5)
-
-
-def test_a_long_grid_is_not_kept():
-    model = FlowTok(preset('tiny'))
-    torch.nn.init.normal_(model.dit.final.linear.weight)
-    fast, x = Velocity(model), torch.randn(1, 16, 16)
-    found = sample(fast, x, num_inference_steps=MAX_CACHED_STEPS + 1)
-    assert fast.kept is None and torch.allclose(found, sample(model.velocity, x, num_inference_steps=MAX_CACHED_STEPS + 1), atol=1e-5)
-
-
-def test_weights_made_in_inference_mode_are_never_mistaken():
-    with torch.inference_mode():
-        model = FlowTok(preset('tiny'))
-        torch.nn.init.normal_(model.dit.final.linear.weight)
-        fast, x = Velocity(model), torch.randn(1, 16, 16)
-        first = sample(fast, x)
-        model.dit.final.modulation.bias.add_(1.)
-        assert not torch.allclose(sample(fast, x), first) and torch.allclose(sample(fast, x), sample(model.velocity, x), atol=1e-5)
-
-
-@pytest.mark.parametrize('gelu', ['', 'none', 'tanh'])
-@pytest.mark.parametrize('bias', [True, False])
-def test_the_quick_linear_layer_is_the_usual_one(gelu, bias):
-    layer = Linear(24, 40, bias=bias)
-    for x in (torch.randn(3, 5, 24), torch.randn(24), torch.randn(5, 3, 24).transpose(0, 1), torch.randn(0, 24), torch.randn(1, 24).expand(6, 24)):
-        usual = layer(x, gelu)
-        with torch.no_grad():
-            quick = layer(x, gelu)
-        assert usual.requires_grad and not quick.requires_grad and torch.allclose(quick, usual, atol=1e-5)
-    half = layer.bfloat16()(torch.randn(2, 24).bfloat16(), gelu)
-    assert half.dtype == torch.bfloat16
-    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
-        assert linear(torch.randn(2, 24), torch.randn(4, 24), None, gelu).dtype == torch.bfloat16
 
 
 def test_costs_add_up():

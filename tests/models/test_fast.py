@@ -1,0 +1,91 @@
+"Fast versions: what is kept, replaced or compiled gives the numbers of the plain models."
+import copy
+
+import pytest
+import torch
+
+from flowtok.config import preset
+from flowtok.flow.solver import sample
+from flowtok.models.fast import MAX_CACHED_STEPS, CachedVelocity, linear, use_onednn
+from flowtok.models.flowtok import FlowTok
+from flowtok.models.layers import MLP
+from flowtok.pipeline import FlowTokPipeline
+
+
+def test_modulations_are_computed_once_and_noticed_when_weights_change(monkeypatch):
+    model, calls = FlowTok(preset('tiny')), []
+    for p in model.dit.parameters():
+        torch.nn.init.normal_(p, std=.05)
+    fast, x = CachedVelocity(model), torch.randn(2, 16, 16)
+    made = fast.modulations
+    monkeypatch.setattr(fast, 'modulations', lambda times: calls.append(len(times)) or made(times))
+    for _ in range(3):
+        sample(fast, x, num_inference_steps=5)
+    sample(fast, x, num_inference_steps=5, guidance_scale=1)
+    assert calls == [5]
+    sample(fast, x, num_inference_steps=6)
+    assert calls == [5, 5]                                                       # t = 0 is known
+    def trained():
+        model.dit.indicator.weight.grad = torch.ones_like(model.dit.indicator.weight)
+        torch.optim.SGD(model.dit.indicator.parameters(), .1).step()
+
+    def loaded():
+        model.load_state_dict({name: p + .01 for name, p in model.state_dict().items()})
+
+    for change in (trained, loaded, lambda: model.double().float(), lambda: torch.nn.init.ones_(model.dit.final.modulation.bias)):
+        change()
+        assert torch.allclose(sample(fast, x, num_inference_steps=6), sample(model.velocity, x, num_inference_steps=6), atol=1e-5)
+
+
+def test_a_long_grid_is_not_kept():
+    model = FlowTok(preset('tiny'))
+    torch.nn.init.normal_(model.dit.final.linear.weight)
+    fast, x = CachedVelocity(model), torch.randn(1, 16, 16)
+    found = sample(fast, x, num_inference_steps=MAX_CACHED_STEPS + 1)
+    assert len(fast.cache) <= MAX_CACHED_STEPS and torch.allclose(found, sample(model.velocity, x, num_inference_steps=MAX_CACHED_STEPS + 1), atol=1e-5)
+
+
+def test_weights_made_in_inference_mode_are_never_mistaken():
+    with torch.inference_mode():
+        model = FlowTok(preset('tiny'))
+        torch.nn.init.normal_(model.dit.final.linear.weight)
+        fast, x = CachedVelocity(model), torch.randn(1, 16, 16)
+        first = sample(fast, x)
+        model.dit.final.modulation.bias.add_(1.)
+        assert not torch.allclose(sample(fast, x), first) and torch.allclose(sample(fast, x), sample(model.velocity, x), atol=1e-5)
+
+
+@pytest.mark.parametrize('gelu', ['', 'none', 'tanh'])
+@pytest.mark.parametrize('bias', [True, False])
+def test_the_onednn_linear_layer_is_the_usual_one(gelu, bias):
+    layer = torch.nn.Linear(24, 40, bias=bias)
+    for x in (torch.randn(3, 5, 24), torch.randn(24), torch.randn(5, 3, 24).transpose(0, 1), torch.randn(0, 24), torch.randn(1, 24).expand(6, 24)):
+        usual = linear(x, layer.weight, layer.bias, gelu)
+        with torch.no_grad():
+            quick = linear(x, layer.weight, layer.bias, gelu)
+        assert usual.requires_grad and not quick.requires_grad and torch.allclose(quick, usual, atol=1e-5)
+    half = layer.bfloat16()
+    assert linear(torch.randn(2, 24).bfloat16(), half.weight, half.bias, gelu).dtype == torch.bfloat16
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        assert linear(torch.randn(2, 24), torch.randn(4, 24), None, gelu).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('kind', ['none', 'tanh'])
+def test_layers_keep_weights_and_values_when_onednn_takes_over(kind):
+    plain = torch.nn.Sequential(MLP(24, kind), torch.nn.Linear(24, 8))
+    fast = copy.deepcopy(plain)
+    use_onednn(fast)
+    x = torch.randn(3, 5, 24)
+    with torch.no_grad():
+        assert torch.allclose(fast(x), plain(x), atol=1e-5)
+    assert fast.state_dict().keys() == plain.state_dict().keys() and type(fast[1]) is not torch.nn.Linear and type(plain[1]) is torch.nn.Linear
+
+
+def test_an_optimised_pipeline_gives_the_plain_images():
+    plain, fast = FlowTokPipeline.from_pretrained(), FlowTokPipeline.from_pretrained().optimize()
+    prompts = ['a blue star', 'a red ring top left', 'two green circles']
+    images = [pipe(prompts, generator=torch.Generator().manual_seed(0), output_type='pt') for pipe in (plain, fast)]
+    assert (images[0] - images[1]).abs().max() <= 1e-5 * images[0].abs().max() * 10 and not torch.equal(*images)
+    tokens = [pipe(prompts, generator=torch.Generator().manual_seed(0), output_type='tokens') for pipe in (plain, fast)]
+    assert (tokens[0] - tokens[1]).abs().max() <= 1e-5 * tokens[0].abs().max()
+    assert plain.caption(images[0]) == fast.caption(images[0])
