@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .config import FlowTokConfig, from_json, stages, to_json
 from .data.images import Skip, decode_image, fit_image, to_images, to_pixels
 from .flow.solver import sample
-from .models.fast import CachedVelocity, use_onednn
+from .models.fast import CachedVelocity, fuse_gelu
 from .models.flowtok import FlowTok, direction_config, load_weights, save_weights
 from .models.layers import float32_default
 from .models.text import TextAutoencoder, text_encoder
@@ -446,7 +446,7 @@ def optimize(
         for side in (self.tokenizer.encoder, self.tokenizer.decoder):
             side.compile(dynamic=False)
     for part in (self.text_encoder, *self.parts.values()):
-        use_onednn(part)
+        fuse_gelu(part)
     self.velocities = {stage: CachedVelocity(part, compile) for stage, part in self.parts.items() if isinstance(part, FlowTok)}
     self.compiled = compile
     return self

@@ -18,8 +18,8 @@ import torch
 from torch.nn import functional as F
 
 from ..config import FlowTokConfig
-from ..models.fast import linear
 from ..training.optim import cpu_has_bf16
+from ..models.fast import has_onednn
 
 # %% ../../nbs/speed/01_roofline.ipynb #90cde385
 @dataclass(frozen=True)
@@ -148,7 +148,10 @@ def measure_ceilings(
             if not cuda and (name == 'fp16' or name == 'bf16' and not cpu_has_bf16()):
                 continue
             y = x.to(dtype)
-            times = time_interleaved({'a': lambda: F.linear(y, y), 'b': lambda: linear(y, y, None)}, device, repeats)
+            products = {'PyTorch': lambda: F.linear(y, y)}
+            if has_onednn and not cuda:
+                products['oneDNN'] = lambda: torch.ops.mkldnn._linear_pointwise(y, y, None, 'none', [], '')
+            times = time_interleaved(products, device, repeats)
             found[name] = 2 * size**3 / min(sum(times.values(), []))
         source = torch.empty(2**28 if cuda else 2**26, device=device)
         target = torch.empty_like(source)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..config import FlowTokConfig, preset, recipe, stages
 from .roofline import evaluations, floor, image_operations, measure_ceilings, peak_memory, time_interleaved, seconds, stage_costs, training_operations
 from ..flow.path import ShardedRandom
-from ..models.fast import CachedVelocity, use_onednn
+from ..models.fast import CachedVelocity, fuse_gelu
 from ..models.flowtok import FlowTok
 from ..pipeline import FlowTokPipeline
 from .reference import make_noise, plain_generate, plain_training, relative
@@ -121,10 +121,10 @@ def trick_rows(
     repeats: int = 3,
 ) -> list[dict]:  # a row of a table for each trick
     "Time of the plain pipeline with each trick of `flowtok.models.fast` alone, and with all."
-    onednn, cached = copy.deepcopy(pipe), copy.deepcopy(pipe)
-    use_onednn(onednn)
+    fused, cached = copy.deepcopy(pipe), copy.deepcopy(pipe)
+    fuse_gelu(fused)
     cached.velocities = {'text-to-image': CachedVelocity(cached.text_to_image)}
-    versions = {'plain': pipe, 'oneDNN linear layers': onednn, 'cached modulation': cached, 'optimize()': copy.deepcopy(pipe).optimize()}
+    versions = {'plain': pipe, 'fused GELU': fused, 'cached modulation': cached, 'optimize()': copy.deepcopy(pipe).optimize()}
     outputs = {}
     calls = {name: lambda name=name, which=which: outputs.update({name: draw(which, batch_size, steps)}) for name, which in versions.items()}
     times = {name: statistics.median(found) for name, found in time_interleaved(calls, pipe.device, repeats).items()}
