@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['RELEASED_REPO', 'RELEASED_FILES', 'FIRST_CHOICE', 'VARIANTS', 'CLIP_FILE', 'CLIP_REPO', 'offline_sentence',
            'find_weights', 'is_own', 'own_config', 'load_flowtok', 'read_tokenizer', 'load_tokenizer', 'released_files',
-           'released_pipeline', 'write_whole', 'model_card', 'convert']
+           'released_pipeline', 'model_card', 'convert']
 
 # %% ../nbs/pretrained.ipynb #e9c1050a
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from .files import write_atomically
 from .models.released import (FLOWTOK_NAMES, ROPE_KEYS, SUFFIXES, build_model, check_rotary, flowtok_config, listed,
                                  read_state, tokenizer_config, tokenizer_names)
 from .config import FlowTokConfig, from_json, to_json
@@ -210,13 +210,6 @@ def released_pipeline(
     return FlowTokPipeline(config, files[2], tokenizer=tokenizer, text_to_image=flow)
 
 # %% ../nbs/pretrained.ipynb #b3cced9b
-def write_whole(path: Path, text: str):
-    "Write a text file at once or not at all."
-    part = Path(f'{path}.part')
-    part.write_text(text, encoding='utf-8')
-    os.replace(part, path)
-
-
 def model_card(
     model: nn.Module,  # what was converted
     config: FlowTokConfig,  # its sizes
@@ -251,7 +244,7 @@ def convert(
         config = model.config
     config = replace(config, text=replace(config.text, activation=activation or config.text.activation))
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / 'config.json', to_json(config) + '\n')
-    write_whole(folder / 'README.md', model_card(model, config, path.name))
+    write_atomically(folder / 'config.json', to_json(config) + '\n')
+    write_atomically(folder / 'README.md', model_card(model, config, path.name))
     save_weights(model, folder / 'model.safetensors')
     return folder

@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..files import atomic_path
+
 # %% ../../nbs/data/01_shapes.ipynb #2038b0a8
 SHAPES = 'circle', 'bar', 'triangle', 'star', 'cross', 'ring'
 HUES = dict(red=0, orange=28, yellow=55, green=125, cyan=182, blue=225, purple=275, pink=325)  # degrees
@@ -394,14 +396,9 @@ def write_shard(
 ) -> None:
     "One tar file, under its own name only when it is complete; the same bytes each time."
     from webdataset import TarWriter
-    part = path.with_name(f'.{path.name}-{os.getpid()}')
-    try:
-        with open(part, 'wb') as stream, TarWriter(stream, mtime=0, encoder=False) as tar:
-            for sample in samples:
-                tar.write(sample)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_path(path) as part, open(part, 'wb') as stream, TarWriter(stream, mtime=0, encoder=False) as tar:
+        for sample in samples:
+            tar.write(sample)
 
 # %% ../../nbs/data/01_shapes.ipynb #d362be83
 def claim_folder(

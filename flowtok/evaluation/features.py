@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..files import atomic_path
 from .metrics import frechet_distance, gaussian_statistics, random_conv_features
 
 # %% ../../nbs/evaluation/02_features.ipynb #973db161
@@ -151,9 +152,8 @@ def reference_statistics(
             return Reference(kept['mean'], kept['cov'], int(kept['n']), kept['rows'] if 'rows' in kept else None, True)
     found = reference_of(np.concatenate([extractor(images) for images in batches()]))
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix('.part.npz')
-    np.savez(part, mean=found.mean, cov=found.cov, n=found.n, rows=found.rows)
-    part.replace(file)
+    with atomic_path(file) as part, part.open('wb') as stream:
+        np.savez(stream, mean=found.mean, cov=found.cov, n=found.n, rows=found.rows)
     return found
 
 # %% ../../nbs/evaluation/02_features.ipynb #968c31f9

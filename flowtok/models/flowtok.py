@@ -7,7 +7,6 @@ __all__ = ['DiT', 'direction_config', 'source_distribution', 'FlowTok', 'is_trai
 
 # %% ../../nbs/models/04_flowtok.ipynb #b8368388
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..files import atomic_path
 from ..config import FlowTokConfig, SourceConfig
 from .layers import DiagonalGaussian, FinalLayer, ModulatedBlock, TimeEmbedding, sinusoid_positions
 from .text import AlignmentMLP, TextProjector
@@ -133,11 +133,10 @@ def save_weights(
 ):
     "Write the weights of a module to a file."
     from safetensors.torch import save_file
-    path, part = Path(path), Path(f'{path}.part')
     state = {name: x.detach().to('cpu', dtype if x.is_floating_point() else None).contiguous()
              for name, x in module.state_dict().items() if training or not is_training_only(module, name)}
-    save_file(state, part)
-    os.replace(part, path)
+    with atomic_path(path) as part:
+        save_file(state, part)
 
 
 def load_weights(

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..files import atomic_path, write_atomically
 from ..data.images import to_pixels
 from ..losses.objective import loss_by_time_bin
 from .tasks import Run, Stage
@@ -32,19 +33,13 @@ def save_state(
     **state,  # tensors, numbers and containers of them
 ):
     "Write a checkpoint at once or not at all."
-    part = path.with_suffix('.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open('wb') as file:
+        with atomic_path(path) as part, part.open('wb') as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        try:
-            part.unlink(missing_ok=True)
-        except OSError:
-            pass
         raise OSError(f"The checkpoint {path} could not be written: {error}. The one before is as it was.") from None
 
 
@@ -148,9 +143,7 @@ class Log:
         self.path, self.sums, self.counts = path, {}, {}
         lines = path.read_text().splitlines() if keep and path.exists() else []
         whole = [line for line in lines if line.endswith('}')]             # a killed run may leave half a line
-        part = path.with_suffix('.part')
-        part.write_text(''.join(f'{line}\n' for line in whole if json.loads(line).get('step', 0) <= keep))
-        os.replace(part, path)                      # a new file: whoever follows it waits for it
+        write_atomically(path, ''.join(f'{line}\n' for line in whole if json.loads(line).get('step', 0) <= keep))
 
     def add(self, values: dict[str, float]):
         "Take in the values of a step."
@@ -224,9 +217,8 @@ def show_progress(
         captions = stage.captions(*batch) if hasattr(stage, 'captions') else None
     stage.train()
     if pictures is not None:
-        path, part = folder / f'{step:07d}.png', folder / 'next.part'
-        make_sheet(to_pixels(pictures), prompts).save(part, 'png')
-        os.replace(part, path)                      # somebody may be looking
+        with atomic_path(folder / f'{step:07d}.png') as part:
+            make_sheet(to_pixels(pictures), prompts).save(part, 'png')
     if captions is not None:
         log.write(step=step, captions=captions, prompts=prompts)
 

@@ -7,15 +7,14 @@ __all__ = ['stage_classes', 'weights_file', 'Run', 'vocabulary_for', 'parse_chan
            'TokenizerStage', 'TextStage', 'flow_objective', 'FlowStage']
 
 # %% ../../nbs/training/01_tasks.ipynb #f16f25d4
-import os
 import shutil
-import uuid
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..files import atomic_path
 from ..config import WORDS, FlowTokConfig, Recipe, from_json, preset, presets, recipe, stages
 from ..flow.path import ShardedRandom, draw
 from ..flow.solver import sample
@@ -143,9 +142,8 @@ def earlier_weights(
     "The weights that an earlier stage left here, copied from the training that this one starts from if need be."
     file, there = weights_file(run.out, stage), weights_file(run.init, stage)
     if run.init and there.exists() and not file.exists():      # the folder is to be a pipeline in the end
-        part = file.with_name(f'{file.name}.{uuid.uuid4().hex}.part')
-        shutil.copyfile(there, part)
-        os.replace(part, file)
+        with atomic_path(file) as part:
+            shutil.copyfile(there, part)
     return file
 
 # %% ../../nbs/training/01_tasks.ipynb #8c6936ea
