@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cpu_has_bf16', 'orthogonalize', 'Muon', 'learning_rate_factor', 'make_optimizers', 'Ema', 'seed_of', 'Noise',
-           'step_if_finite', 'Critics', 'train_step']
+           'step_if_finite', 'Critics', 'mean_losses', 'train_step']
 
 # %% ../../nbs/training/02_optim.ipynb #237fe4a0
 import math
@@ -194,13 +194,23 @@ class Critics:
         accelerator.backward(total(terms, self.of.adversary_weights))
         norm = accelerator.clip_grad_norm_(self.judge.parameters(), 1.)
         step_if_finite(torch.maximum(broken, (~torch.isfinite(norm)).float()), accelerator, self.optimizer)
-        return terms
+        return {name: term.detach() for name, term in terms.items()}
 
     def state(self) -> dict:
         "What the next step of the critics depends on."
         return {'weights': self.of.state_dict(), 'optimizer': self.optimizer.state_dict()} if self.judge is not None else {}
 
 # %% ../../nbs/training/02_optim.ipynb #a30c71a4
+def mean_losses(
+    parts: list[dict[str, Tensor]],  # losses of each micro-batch, by name: one number, or one a sample
+) -> dict[str, Tensor]:
+    "Losses of the whole batch: means of numbers, all samples of the others."
+    if len(parts) == 1:
+        return parts[0]
+    values = {name: [part[name] for part in parts] for name in parts[0]}
+    return {name: torch.cat(value) if value[0].dim() else torch.stack(value).mean() for name, value in values.items()}
+
+
 def train_step(
     accelerator,  # accelerate.Accelerator
     model: nn.Module,  # the prepared stage
@@ -211,23 +221,27 @@ def train_step(
     rate: float,  # share of the highest learning rate
     critics: Critics | None = None,  # of the tokenizer
     step: int = 0,  # from 0
-) -> dict[str, Tensor]:  # the terms, detached, with 'loss'; 'broken' is 1 where gradients were not finite and nothing was learned
-    "One optimiser step, and one of the discriminator where there is one."
-    parts, weights = stage.run.recipe.accumulate, stage.weights | (critics.weights if critics else {})
-    for i in range(parts):
-        with nullcontext() if i + 1 == parts else accelerator.no_sync(model):
-            terms = model(*(x[i::parts] for x in batch), share)
+) -> dict[str, Tensor]:  # losses, detached, with 'loss'; 'broken' is 1 where gradients were not finite and no step was taken
+    "One optimiser step over all micro-batches, and one of the discriminator where there is one."
+    recipe, weights, losses, images = stage.run.recipe, stage.weights | (critics.weights if critics else {}), [], []
+    for i in range(recipe.accumulate):
+        micro_batch = [x[i::recipe.accumulate] for x in batch]
+        with nullcontext() if i + 1 == recipe.accumulate else accelerator.no_sync(model):
+            terms = model(*micro_batch, share)
             if critics:
-                seen = batch[0][i::parts], terms.pop('decoded')
-                terms |= critics.of.generator_terms(*seen, step)
+                images.append((micro_batch[0], terms.pop('decoded')))
+                terms |= critics.of.generator_terms(*images[-1], step)
+                images[-1] = images[-1][0], images[-1][1].detach()
             loss = total(terms, weights)
-            accelerator.backward(loss / parts)
-    norm = accelerator.clip_grad_norm_(stage.trained.parameters(), stage.run.recipe.clip or math.inf)
+            accelerator.backward(loss / recipe.accumulate)
+        losses.append({name: term.detach() for name, term in (terms | {'loss': loss}).items()})
+    norm = accelerator.clip_grad_norm_(stage.trained.parameters(), recipe.clip or math.inf)
     broken = (~torch.isfinite(norm)).float()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group['lr'] = group.setdefault('highest_lr', group['lr']) * rate
         step_if_finite(broken, accelerator, optimizer)
+    losses = mean_losses(losses) | {'broken': broken}
     if critics and critics.of.active(step):
-        terms |= critics.learn(accelerator, *seen, step, broken)
-    return {name: term.detach() for name, term in terms.items()} | {'loss': loss.detach(), 'broken': broken}
+        losses |= critics.learn(accelerator, *map(torch.cat, zip(*images)), step, broken)
+    return losses

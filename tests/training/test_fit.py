@@ -292,6 +292,23 @@ def test_parts_of_a_batch_add_up():
     assert all(torch.allclose(end, ends[0], atol=1e-6) for end in ends)
 
 
+def test_the_discriminator_learns_from_all_micro_batches(shards, tmp_path, monkeypatch):
+    lines, judged, learn = {}, {}, stepping.Critics.learn
+    for parts in (1, 2):
+        def watched(self, accelerator, images, decoded, *rest):
+            judged[parts] = images.sort(0).values
+            assert len(images) == len(decoded)
+            return learn(self, accelerator, images, decoded, *rest)
+        monkeypatch.setattr(stepping.Critics, 'learn', watched)
+        run = short('tokenizer', shards, tmp_path / str(parts), steps=1, batch_size=4, accumulate=parts, optimizer='adamw', gan_weight=.1,
+                    gan_learning_rate=1e-3, lecam_weight=1e-2, text_drop=0.)
+        train(run, lambda line: lines.update({parts: line}))
+    assert len(judged[1]) == 4 and torch.equal(judged[1], judged[2])
+    assert lines[1].keys() == lines[2].keys() >= {'discriminator', 'lecam', 'real_logit', 'fake_logit', 'adversarial', 'reconstruction', 'kl', 'loss'}
+    for name in ('discriminator', 'real_logit', 'reconstruction', 'loss'):       # the noise of the tokens is not the same
+        assert lines[2][name] == pytest.approx(lines[1][name], rel=.05, abs=2e-3), name
+
+
 @pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
 @pytest.mark.parametrize('every, told', [(1, [0, 0, 1, 2, 2, 2]), (6, [0, 1, 2])])
 def test_a_step_without_finite_gradients_is_skipped_and_counted(every, told, optimizer, shards, tmp_path, monkeypatch):
