@@ -183,7 +183,7 @@ def test_broken_pictures(data, reason):
 def test_decompression_bombs(side):
     stream = io.BytesIO()
     Image.new('1', (side, side)).save(stream, 'PNG')
-    with pytest.raises(Dropped, match='too many pixels'): pack_image(stream.getvalue())
+    with pytest.raises(Dropped): pack_image(stream.getvalue())
 
 
 def test_reasons(here):
@@ -247,7 +247,7 @@ def test_a_stopped_conversion_goes_on(here, monkeypatch, where):
         return original(*arguments, **options)
 
     monkeypatch.setattr(shards, where, stops)
-    with pytest.raises(SystemExit, match='Stopped. The finished shards in a stay'): shards_of(*words)
+    with pytest.raises(SystemExit): shards_of(*words)
     left = {'00000.tar', '00000_stats.json', 'plan.json'} | ({'00001.tar'} if where == 'write_atomically' else set())
     assert set(contents(here / 'a')) == left
     for name in ('.00001.tar-123', '.00001_stats.json-123'): save(here / 'a' / name, b'what a killed conversion leaves')
@@ -332,7 +332,7 @@ def test_faults_are_one_sentence_before_work_starts(here, capsys, words, sentenc
 
 def test_keys_are_unique(here):
     pictures = shards.folder_pictures('mine')
-    with pytest.raises(ValueError, match='The list of mine holds 000000000 2 times.'):
+    with pytest.raises(ValueError, match='000000000.*2'):
         convert_pictures('mine', [pictures[0], *pictures], 'mine', 'out')
 
 

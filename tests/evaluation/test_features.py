@@ -56,7 +56,7 @@ def test_other_weights_are_refused(tmp_path, monkeypatch):
     (tmp_path / 'checkpoints').mkdir()
     file = tmp_path / 'checkpoints' / features.INCEPTION_FILE
     file.write_bytes(b'pickle')
-    with pytest.raises(ValueError, match='SHA-256'):
+    with pytest.raises(ValueError, match='256'):
         features.find_extractors()
     monkeypatch.setattr(features, 'INCEPTION_SHA256', __import__('hashlib').sha256(b'pickle').hexdigest())
     assert features.find_inception() == file
@@ -137,5 +137,5 @@ def test_the_activation_belongs_to_the_weights(tmp_path):
         torch.manual_seed(0)
         found[activation] = features.clip_scorer(None, 'ViT-S-32-alt', activation=activation)(pictures(2, 64, 64), ['a star', 'a ring'])
     assert np.array_equal(found[''], found['quick_gelu']) and not np.allclose(found['gelu'], found['quick_gelu'], rtol=1e-5)
-    with pytest.raises(ValueError, match='choose quick_gelu or gelu'):
+    with pytest.raises(ValueError, match='quick_gelu'):
         features.clip_scorer(None, 'ViT-S-32-alt', activation='relu')

