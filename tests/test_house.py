@@ -209,6 +209,13 @@ def test_readme_has_two_commands_of_one_line():
     assert test.startswith('python3 -m venv .venv && ') and 'nbdev_test' in test and test.endswith('-m pytest -q')
 
 
+def test_python_of_the_readme_runs(tmp_path):
+    blocks = re.findall(r'(?s)```python\n(.*?)```', markdown())
+    assert blocks
+    for block in blocks: assert run('-c', block, cwd=tmp_path).strip()
+    assert (tmp_path/'star.png').exists()
+
+
 def test_package_says_what_settings_say():
     settings = ConfigParser(delimiters=['='])
     settings.read(root/'settings.ini', encoding='utf-8')

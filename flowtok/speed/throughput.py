@@ -219,7 +219,7 @@ def our_training(
     model, *optimizers = accelerator.prepare(stage, *optimizers, device_placement=[True] + [False] * len(optimizers))
 
     def step(share: ShardedRandom) -> Tensor:
-        terms = train_step(accelerator, model, stage, optimizers, batch, share, 1.)
+        terms = train_step(accelerator, model, stage, optimizers, batch, share)
         ema.update(0)
         return terms['loss']
     return step

@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import FlowConfig, FlowTokConfig, Recipe, SourceConfig, TokenizerConfig, check_heads
 from ..flow.path import ShardedRandom, draw, draw_indicator, interpolate, sample_time, velocity_target
@@ -315,7 +317,7 @@ def train_baseline(
     device = next(network.parameters()).device
     clock = time.perf_counter if device.type == 'cuda' else time.process_time   # other programs do not count
     optimizers, ema, share = make_optimizers(network, recipe), Ema(network, recipe.ema), ShardedRandom(torch.Generator(device))
-    rates = [[group['lr'] for group in optimizer.param_groups] for optimizer in optimizers]
+    schedulers = [LambdaLR(optimizer, partial(learning_rate_factor, recipe=recipe)) for optimizer in optimizers]
     for step in range(1, recipe.steps + 1):
         features, x1 = next(batches)
         began = clock()
@@ -324,11 +326,10 @@ def train_baseline(
         with formats_of(recipe, device):
             loss = total(twin.terms(features, x1, share), twin.weights)
         loss.backward()
-        for optimizer, highest in zip(optimizers, rates):
-            for group, rate in zip(optimizer.param_groups, highest):
-                group['lr'] = rate * learning_rate_factor(step - 1, recipe)
+        for optimizer, scheduler in zip(optimizers, schedulers):
             optimizer.step()
             optimizer.zero_grad()
+            scheduler.step()
         ema.update(step - 1)
         seconds += clock() - began
         if step in stops:

@@ -95,8 +95,11 @@ def restore(state: dict, stage: Stage, ema: Ema, optimizers):
         optimizer.load_state_dict(saved)
 
 
-def save_checkpoint(run: Run, **state):
-    "Write the checkpoint of a step and forget the oldest."
+def save_checkpoint(
+    run: Run,
+    **state,  # of `training_state`
+):
+    "Write the checkpoint of a step and remove the oldest."
     save_state(run.folder / 'checkpoints' / f"{state['step']:08d}.pt", **state)
     for path in checkpoints(run)[:-run.keep]:
         path.unlink()

@@ -285,7 +285,7 @@ def test_parts_of_a_batch_add_up():
         stage, accelerator = Line(parts), Accelerator(cpu=True)
         model, optimizer = accelerator.prepare(stage, torch.optim.SGD(stage.trained.parameters(), .1))
         before = stage.trained.weight.detach().clone()
-        train_step(accelerator, model, stage, [optimizer], (x, y), ShardedRandom(), 1.)
+        train_step(accelerator, model, stage, [optimizer], (x, y), ShardedRandom())
         ends.append(stage.trained.weight.detach())
         AcceleratorState._reset_state(reset_partial_state=False)
         assert (ends[-1] - before).abs().max() > 1e-3
@@ -373,7 +373,7 @@ def test_no_step_waits_for_the_device(stage, shards, tmp_path):
     batch, share = next(engine.Batches(run, learner, accelerator.device)), ShardedRandom(torch.Generator(), host=torch.Generator())
     with Waits(share.host) as waits:
         for step in range(2):
-            terms = train_step(accelerator, model, learner, optimizers, batch, share, 1., critics, step)
+            terms = train_step(accelerator, model, learner, optimizers, batch, share, critics, step)
             ema.update(step)
     AcceleratorState._reset_state(reset_partial_state=False)
     assert terms['loss'].isfinite() and not terms['broken'] and not waits.found
