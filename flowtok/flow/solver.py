@@ -77,8 +77,8 @@ def time_grid(
     num_inference_steps: int,  # N, at least 1
     schedule: str = 'uniform',  # one of `schedules`
     dtype: torch.dtype = torch.float32,  # of the result
-) -> tuple[Tensor, Tensor]:  # times at which the network is asked, (N,), and lengths of the steps, (N,)
-    "When the network is asked, and how far each answer is followed."
+) -> tuple[Tensor, Tensor]:  # times of the evaluations, (N,), and lengths of the steps, (N,)
+    "Times of the evaluations and lengths of the steps."
     n = num_inference_steps
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {n}.")
@@ -97,7 +97,7 @@ def given_grid(
     times: Sequence[float],  # the ends of N steps: 0, rising, 1, (N + 1,)
     dtype: torch.dtype = torch.float32,  # of the result
 ) -> tuple[Tensor, Tensor]:  # as `time_grid`
-    "A grid of one's own."
+    "Time grid of given step ends."
     ends = torch.as_tensor(times, dtype=torch.float64, device='cpu')
     if ends.dim() != 1 or len(ends) < 2 or ends[0] != 0 or ends[-1] != 1 or not (ends.diff() > 0).all():
         raise ValueError(f"times must rise from 0 to 1, as (0, 0.5, 1), got {tuple(ends.flatten().tolist())}.")
@@ -115,9 +115,9 @@ def sample(
     schedule: str = 'uniform',  # one of `schedules`
     times: Sequence[float] | None = None,  # ends of the steps from 0 to 1, instead of number and schedule
     guidance_interval: tuple[float, float] = (0., 1.),  # first and last time of guidance; outside, none
-    return_path: bool = False,  # also the places on the way
-) -> Tensor:  # where the flow arrives, (b, ...); with return_path all places from x0 on, (N+1, b, ...)
-    "Follows the guided velocity from x0 at t = 0 to t = 1."
+    return_path: bool = False,  # also the states after each step
+) -> Tensor:  # sample at t = 1, (b, ...); with return_path all states from x0 on, (N+1, b, ...)
+    "Integrate the guided velocity from x0 at t = 0 to t = 1."
     if solver not in solvers:
         raise ValueError(f"Solver {solver!r} is unknown: choose one of {', '.join(solvers)}.")
     if schedule == 'released' and solver != 'euler' and times is None:
@@ -145,11 +145,11 @@ def sample(
 
 # %% ../../nbs/flow/02_solver.ipynb #d3ac361d
 def fit_grid(
-    path: Tensor,  # places on the way in many equal steps, of typical starts, (m + 1, b, ...)
+    path: Tensor,  # states of typical samples in many equal steps, (m + 1, b, ...)
     num_inference_steps: int,  # N
     order: int = 1,  # of the solver that will use the grid
 ) -> list[float]:  # ends of the N steps from 0 to 1, (N + 1,)
-    "The time grid that follows such paths best."
+    "Fit a time grid to trajectories."
     fine = len(path) - 1
     bend = path.cpu().double().diff(n=order + 1, dim=0).flatten(1).norm(dim=1)         # (m - order,), each order + 1 steps wide
     density = torch.cat([bend[:1].expand(order // 2), bend, bend[-1:].expand(order - order // 2)]) ** (1 / (order + 1))
