@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None):
     try:
         command.run()
     except (ValueError, OSError, RuntimeError, BrokenExecutor) as error:
-        sys.exit(f'{type(error).__name__}: {error}')
+        sys.exit(str(error))
 
 
 if __name__ == '__main__' and '__file__' in globals():  # a module has a file, this notebook has none

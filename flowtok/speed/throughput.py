@@ -89,7 +89,7 @@ def some_prompts(config: FlowTokConfig, n: int) -> list[str]:
 
 def draw(pipe: FlowTokPipeline, n: int, steps: int, guidance_scale: float = 2.) -> Tensor:  # (n, 3, h, w)
     "The same images whenever it is called."
-    return pipe(some_prompts(pipe.config, n), steps, guidance_scale, make_noise(pipe, n)[1], 'pt', batch_size=n)
+    return pipe(some_prompts(pipe.config, n), steps, guidance_scale, make_noise(pipe, n)[1], 'pt', batch_size=n, guidance_interval=(0., 1.))
 
 
 def compare_sampling(
@@ -298,7 +298,7 @@ def compile_row(
         try:
             compiled, outputs = copy.deepcopy(pipe).optimize(precision, compile=True), {}
             calls = {name: lambda name=name, which=which: outputs.update({name: draw(which, batch_size, steps)})
-                     for name, which in (('eager', pipe), ('compiled', compiled))}
+                     for name, which in (('eager', copy.deepcopy(pipe).optimize(precision)), ('compiled', compiled))}
             first = seconds(calls['compiled'], pipe.device)
             times = time_interleaved(calls, pipe.device, repeats)
         except Exception as error:                                               # each compiler fails in its own way

@@ -81,7 +81,7 @@ def fails(capsys, *words):
 
 def test_coco(here, capsys):
     shards_of('coco', 'coco.json', 'coco', 'out', '--split', 'test', '--samples-per-shard', '2')
-    assert capsys.readouterr().out == 'coco-test: 3 of 3 pictures are in out/*.tar\n'
+    assert capsys.readouterr().out == 'coco-test: 3 of 3 images are in out/*.tar\n'
     with tarfile.open('out/00000.tar') as tar:
         assert tar.getnames() == [f'{i:012d}.{ending}' for i in (3, 4) for ending in ('jpg', 'json', 'txt')]
         assert {(entry.mtime, entry.uid, entry.gid) for entry in tar} == {(0, 0, 0)}
@@ -207,7 +207,7 @@ def test_what_is_left_out_is_counted_and_told(here, capsys):
     (here / 'coco/val2014/COCO_val2014_000000000003.jpg').unlink()
     save(here / 'coco/val2014/COCO_val2014_000000000004.jpg', b'broken')
     shards_of('coco', 'coco.json', 'coco', 'out', '--split', 'val2014', '--samples-per-shard', '2')
-    assert '3 of 5 pictures' in (told := capsys.readouterr().out)
+    assert '3 of 5 images' in (told := capsys.readouterr().out)
     assert 'left out: missing picture 1, unreadable picture 1' in told
     stats = json.loads((here / 'out/00001_stats.json').read_text())
     assert stats['successes'] == 0 and (stats['failed_to_download'], stats['failed_to_resize']) == (1, 1)
@@ -231,7 +231,7 @@ def test_a_set_of_which_nothing_is_left_leaves_nothing(here, capsys):
 def test_the_number_of_processes_changes_no_byte(here):
     words = ['coco', 'coco.json', 'coco', 'a', '--split', 'val2014', '--samples-per-shard', '2', '--processes', '2']
     done = subprocess.run([sys.executable, '-m', 'flowtok.cli', 'shards', *words], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and '5 of 5 pictures' in done.stdout and '5/5' in done.stderr, done.stderr
+    assert done.returncode == 0 and '5 of 5 images' in done.stdout and '5/5' in done.stderr, done.stderr
     shards_of('coco', 'coco.json', 'coco', 'b', '--split', 'val2014', '--samples-per-shard', '2')
     assert contents(here / 'a') == contents(here / 'b')
 
