@@ -24,7 +24,7 @@ def check_heads(
     heads: int,  # of the attention
     multiple: int = 1,  # of which the width of a head must be a multiple
 ):
-    "Refuses a number of heads that does not divide the width."
+    "Raise ValueError where the heads do not divide the width."
     if width < 1 or heads < 1 or width % (heads * multiple):
         raise ValueError(f"The {what}'s width must be a multiple of {multiple} times its heads, got width {width} and "
                          f"{heads} heads.")
@@ -32,7 +32,7 @@ def check_heads(
 # %% ../nbs/config.ipynb #46ee3cdd
 @dataclass(frozen=True)
 class TokenizerConfig:
-    "The image tokenizer: an encoder and a decoder around a few latent tokens."
+    "Sizes of the image tokenizer."
     image_size: int = 256  # height and width in pixels that it is trained on
     patch_size: int = 16  # height and width of a patch in pixels
     num_tokens: int = 77  # K, latent tokens of an image
@@ -100,7 +100,7 @@ def split_words(
 def canonical(
     text: str,  # a prompt as a person types it
 ) -> tuple[str, ...]:  # words; those that are not in WORDS stay as they are
-    "Words of a prompt, with synonyms and usual phrases replaced by the words of the scenes."
+    "Words of a prompt, synonyms and common phrases replaced by the vocabulary of the shapes."
     text = ' '.join(split_words(text))
     for pattern, replacement in REWRITES:
         text = ' '.join(pattern.sub(replacement, text).split())
@@ -109,7 +109,7 @@ def canonical(
 # %% ../nbs/config.ipynb #bdb27517
 @dataclass(frozen=True)
 class TextConfig:
-    "The text side: a frozen encoder, a projector into the space of the flow, a decoder back to words."
+    "Sizes of text encoder, text projector and text decoder."
     encoder: str = 'clip'  # 'clip': the text tower of CLIP; 'words': a small one over `vocabulary`
     length: int = 77  # N, tokens of a caption
     width: int = 768  # C, channels of the frozen features
@@ -139,7 +139,7 @@ class TextConfig:
 # %% ../nbs/config.ipynb #efe585a5
 @dataclass(frozen=True)
 class FlowConfig:
-    "The velocity network, a DiT."
+    "Sizes of the velocity network (DiT)."
     depth: int = 12  # blocks
     width: int = 768  # of a token inside the network
     heads: int = 12
@@ -185,7 +185,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class FlowTokConfig:
-    "A whole FlowTok: both sides, the flow between them, and how to sample it."
+    "All sizes of a FlowTok, its source and its default sampling settings."
     name: str  # for people: 'xl', or what a user calls a model of his own
     tokenizer: TokenizerConfig = TokenizerConfig()
     text: TextConfig = TextConfig()
@@ -218,7 +218,7 @@ presets = {
 def preset(
     name: str,  # one of `presets`
 ) -> FlowTokConfig:  # the sizes of that model
-    "The sizes of a named model."
+    "Config of a preset."
     if name not in presets:
         raise ValueError(f"Scale {name!r} is unknown: choose one of {', '.join(presets)}.")
     return presets[name]
@@ -227,12 +227,12 @@ def preset(
 def to_json(
     config,  # any of the dataclasses of this page
 ) -> str:  # indented JSON
-    "A config as text."
+    "Convert a config to JSON."
     return json.dumps(asdict(config), indent=2)
 
 # %% ../nbs/config.ipynb #a0cd60ce
 def plain_type(hint) -> type:
-    "The type of a field: of 'X | None' the X."
+    "Type of a field; X for 'X | None'."
     return next(t for t in get_args(hint) if t is not type(None)) if isinstance(hint, UnionType) else hint
 
 
@@ -241,7 +241,7 @@ def build(
     values: dict,  # its fields by name
     where: str,  # what is being read, for messages
 ):  # a `kind`
-    "A dataclass from its fields: no others, and all but those that older versions did not write."
+    "Build a dataclass from its fields; ValueError for unknown or missing ones, except optional ones that older versions did not write."
     if not isinstance(values, dict):
         raise ValueError(f"{where} must be a JSON object, got {values!r}.")
     types, known = get_type_hints(kind), {f.name: f for f in fields(kind)}
@@ -265,7 +265,7 @@ def from_json(
     text: str,  # what `to_json` wrote
     kind: type = FlowTokConfig,  # the dataclass that was written
 ):  # a `kind`
-    "A config from text, equal to the one that was written."
+    "Read a config from JSON."
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
@@ -276,7 +276,7 @@ def from_json(
 def check_recipe(
     recipe,  # a `Recipe`, below
 ):
-    "Refuses what no training could follow."
+    "Validate a recipe."
     for name, good in (('optimizer', ('adamw', 'muon')), ('schedule', ('constant', 'cosine')),
                        ('precision', ('fp32', 'bf16', 'fp16')), ('align_target', ('mlp', 'pool')),
                        ('align_loss', ('contrastive', 'cosine')), ('source', source_kinds),
@@ -308,7 +308,7 @@ stages = ('tokenizer', 'text', 'text-to-image', 'image-to-text')
 
 @dataclass(frozen=True)
 class Recipe:
-    "How one stage is trained."
+    "Training recipe of one stage."
     steps: int
     batch_size: int  # samples a step, over all devices
     optimizer: str = 'adamw'  # 'adamw', or 'muon': Muon for the matrices of the blocks, AdamW for the rest
@@ -388,7 +388,7 @@ def recipe(
     stage: str,  # one of `stages`
     phase: str = 'pre-training',  # one of `phases`; the same values in both, as in the authors' configuration
 ) -> Recipe:  # how this stage is trained at this scale
-    "The training recipe of a stage."
+    "Training recipe of a stage at a scale (paper, table 6)."
     preset(scale)
     for what, value, good in (('Stage', stage, stages), ('Phase', phase, phases)):
         if value not in good:

@@ -35,7 +35,7 @@ def offline_sentence(
     file: str,  # that was asked for
     chosen: bool,  # whether the caller named the file
 ) -> str:
-    "What to do without the hub."
+    "Error message for missing files offline."
     known = RELEASED_FILES.get(repo, {})
     files = [file] if chosen or not known else list(known)
     sizes = [f'{f} ({4 * known[f] / 1e9:.1f} GB in float32)' if f in known else f for f in files]
@@ -48,7 +48,7 @@ def find_weights(
     source: str | Path,  # file, folder with model.safetensors, 'owner/name' or 'owner/name/file'
     kind: type[nn.Module],  # FlowTok or ImageTokenizer: which file of a repository is meant
 ) -> Path:  # a file here
-    "The file of weights that a name means, downloaded if need be."
+    "Weight file of a path or hub id."
     path, parts = Path(source), str(source).split('/')
     path = path / 'model.safetensors' if path.is_dir() else path
     if path.is_file():
@@ -80,7 +80,7 @@ def is_own(
     kind: type[nn.Module],  # what it should be
     source: str | Path,  # for the message
 ) -> bool:
-    "Whether a file has our names rather than the released ones; one of another model is refused."
+    "Whether a file has our parameter names; ValueError for another model's."
     def has(*starts): return any(key.startswith(starts) for key in state)
     flow, tokens = has('dit.', 'x_embedder.', 't_embedder.', 'final_layer.'), has('latent_tokens', 'encoder.')
     wanted, other, loader = (flow, tokens, 'load_tokenizer') if kind is FlowTok else (tokens, flow, 'load_flowtok')
@@ -114,7 +114,7 @@ def load_flowtok(
     num_heads: int | None = None,  # of the velocity network, None for those of the released model of its width
     projector_num_heads: int | None = None,  # of the text projector, likewise
 ) -> FlowTok:  # float32, on the CPU, in eval mode
-    "A FlowTok with released weights, or with our own."
+    "Load a FlowTok from released or own weights."
     path = find_weights(path_or_hub_id, FlowTok)
     state = read_state(path)
     if is_own(state, FlowTok, path):
@@ -157,7 +157,7 @@ def load_tokenizer(
     encoder_heads: int | None = None,  # None for those of the released model of its width
     decoder_heads: int | None = None,  # likewise
 ) -> ImageTokenizer:  # float32, on the CPU, in eval mode
-    "An image tokenizer with released weights, or with our own."
+    "Load an image tokenizer from released or own weights."
     path = find_weights(path_or_hub_id, ImageTokenizer)
     return read_tokenizer(path, image_size, encoder_heads, decoder_heads)[0]
 
@@ -202,7 +202,7 @@ def released_pipeline(
     decoder_heads: int | None = None,
     **heads: int | None,  # of `load_flowtok`
 ) -> FlowTokPipeline:  # that draws, with the authors' schedule
-    "A pipeline of the authors' files."
+    "Build a pipeline from the authors' files."
     files = released_files(source or RELEASED_REPO, variant, clip)
     flow = load_flowtok(files[0], **heads)
     tokenizer, of_tokenizer = read_tokenizer(files[1], image_size, encoder_heads, decoder_heads)

@@ -36,7 +36,7 @@ from .shapes import ENCODINGS, claim_folder, whole_number, write_shard
 
 # %% ../../nbs/data/07_convert.ipynb #716940ec
 class Picture(NamedTuple):
-    "One image of a set, before its file is opened."
+    "Entry of a data set: file, captions, metadata."
     key: str  # stem of its files in the shard: letters, digits, _ and -
     file: str  # its path in the image folder
     captions: list | None  # None where they stand in a .txt beside the image
@@ -44,7 +44,7 @@ class Picture(NamedTuple):
 
 
 def read_json(path: str | Path) -> object:
-    "What a JSON file holds, or one sentence why it cannot be read."
+    "Read a JSON file; ValueError where it cannot be read."
     try:
         return json.loads(Path(path).read_text(encoding='utf-8'))
     except OSError as error:
@@ -54,7 +54,7 @@ def read_json(path: str | Path) -> object:
 
 
 def image_folder(path: str | Path) -> Path:
-    "The folder, if there is one."
+    "Validate an image folder."
     if not os.path.isdir(path):
         raise NotADirectoryError(f"Image folder {path} does not exist, or is no folder.")
     return Path(path)
@@ -64,7 +64,7 @@ def coco_pictures(
     path: str | Path,  # Karpathy's dataset_coco.json
     split: str,  # train (restval included), restval, val, test, or a folder: train2014, val2014
 ) -> list[Picture]:  # in the order of the file
-    "The images of one split of COCO, as Karpathy's file lists them."
+    "List one split of COCO from Karpathy's file."
     entries = read_json(path)
     try:
         pictures = [Picture(f"{int(entry['cocoid']):012d}", f"{entry['filepath']}/{entry['filename']}",
@@ -87,7 +87,7 @@ def coco_pictures(
 def mjhq_pictures(
     path: str | Path,  # meta_data.json
 ) -> list[Picture]:  # in the order of the file
-    "The images of MJHQ-30K."
+    "List MJHQ-30K."
     entries = read_json(path)
     try:
         return [Picture(key, f"{entry['category']}/{key}.jpg", [entry['prompt']], dict(category=entry['category']))
@@ -103,7 +103,7 @@ IMAGE_ENDINGS = '.jpg', '.jpeg', '.png', '.webp'
 def folder_pictures(
     folder: str | Path,  # searched with its subfolders
 ) -> list[Picture]:  # in the order of their names
-    "The images of a folder with a .txt beside each."
+    "List the images of a folder that have a .txt caption."
     names = []
     for root, folders, files in os.walk(image_folder(folder)):
         folders[:] = [name for name in folders if not name.startswith('.')]
@@ -175,7 +175,7 @@ def table_pictures(
     image_column: str | None = None,  # None for the first of IMAGE_COLUMNS that is there
     caption_column: str | None = None,  # None for the first of CAPTION_COLUMNS that is there
 ) -> list[Picture]:  # in the order of the table
-    "The images that a table names, each once with all its captions."
+    "List the images of a table, each once with all its captions."
     rows, pictures = read_rows(path), {}
     image = find_column(rows, path, 'image', (image_column,) if image_column else IMAGE_COLUMNS)
     caption = find_column(rows, path, 'caption', (caption_column,) if caption_column else CAPTION_COLUMNS)
@@ -192,11 +192,11 @@ FILE_ENDINGS = {'JPEG': 'jpg', 'MPO': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}  # Pi
 
 
 class Dropped(Exception):
-    "Why an image is left out."
+    "An image is not converted; the message is the reason."
 
 
 def shrink(image: Image.Image, ending: str, size: int) -> bytes:
-    "An image file, upright, with its shorter side brought to the size."
+    "Rotate an image file upright and resize its shorter side."
     image, stream = ImageOps.exif_transpose(image), io.BytesIO()
     ratio = size / min(image.size)
     image = image.convert('RGBA' if image.has_transparency_data else 'RGB')
@@ -209,7 +209,7 @@ def pack_image(
     data: bytes,  # an image file
     size: int | None = None,  # its shorter side at most, pixels; None keeps every byte
 ) -> tuple[str, bytes, dict]:  # ending, image file, and the widths and heights for the .json
-    "An image as it goes into a shard; Dropped where it cannot be decoded."
+    "Check an image and encode it for a shard; Dropped where it cannot be decoded."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -229,7 +229,7 @@ def pack_image(
 
 # %% ../../nbs/data/07_convert.ipynb #251c06ce
 def is_inside(file: str) -> bool:
-    "Whether a path stays in the folder that it is relative to, by its name."
+    "Whether a relative path stays inside its folder."
     return not Path(file).anchor and '..' not in Path(file).parts
 
 
@@ -314,7 +314,7 @@ AHEAD = 256  # images that are made before they are written
 
 
 def exit_with_parent() -> None:
-    "Leave Ctrl-C to the process that started this one, and end with it."
+    "Worker initialiser: ignore Ctrl-C, exit when the parent process exits."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -324,7 +324,7 @@ def exit_with_parent() -> None:
 def shared_map(
     processes: int,  # more than one are started from the main thread only
 ) -> Iterator[Callable]:  # like `map`, in the same order
-    "A `map` over a list, shared among processes; Ctrl-C is heard between two results."
+    "Parallel `map` over a list that Ctrl-C can interrupt."
     pressed = []
 
     def spread(function, items):
@@ -357,7 +357,7 @@ def check_request(
     folder: str | Path,  # of the images
     **numbers: int | None,  # options that must be whole numbers of at least 1, where they are given
 ) -> None:
-    "See that a conversion can begin; else one sentence."
+    "Validate a conversion before it starts."
     for option, number in numbers.items():
         if number is not None:
             whole_number(option, number, 1)
@@ -373,7 +373,7 @@ def check_request(
 
 
 def list_reasons(counts: dict) -> str:
-    "The images left out, by reason, in words."
+    "Format the counts of dropped images by reason."
     return ', '.join(f'{reason} {n:,}' for reason, n in counts.items() if reason != 'kept')
 
 # %% ../../nbs/data/07_convert.ipynb #8e9629b0
@@ -382,7 +382,7 @@ def finish(
     plan: dict,  # what plan.json holds
     pieces: dict,  # shard -> its images; all are done
 ) -> dict:  # what source.json holds
-    "Add up what came of a conversion, and clear away what a killed one left."
+    "Sum the counts of all shards and remove temporary files of interrupted runs."
     dropped = {}
     for shard in pieces:
         dropped.update(json.loads(stats_path(shard).read_text())['dropped'])
@@ -410,7 +410,7 @@ def convert_pictures(
     processes: int = 1,  # that decode
     progress: bool = False,  # show a bar with the time left
 ) -> dict:  # what source.json holds
-    "Write a set of images as shards; what is there already is not written again."
+    "Write a data set as shards; finished shards are kept."
     from tqdm.auto import tqdm
     check_request(name, pictures, folder, size=size, samples_per_shard=samples_per_shard, processes=processes)
     out, n, make = Path(out), samples_per_shard, partial(make_sample, folder=folder, size=size)

@@ -30,7 +30,7 @@ from torch import Tensor
 def find_shards(
     data: str | Path,  # folder of .tar files, pattern, brace list like shards/{00000..00009}.tar, URL or pipe:command
 ) -> list[str]:  # names in order; FileNotFoundError with one sentence when there are none
-    "The shards that a name stands for."
+    "Shards of a folder, pattern or URL."
     import braceexpand
     name = str(data)
     if os.path.isdir(name):
@@ -48,7 +48,7 @@ def find_shards(
 def is_remote(
     name: str,  # of shards
 ) -> bool:
-    "Whether a name is a URL or a command, which only opening it can test."
+    "Whether a name is a URL or a pipe command."
     return re.match(r'[A-Za-z][A-Za-z0-9+.-]+:', name) is not None
 
 # %% ../../nbs/data/03_images.ipynb #914f9754
@@ -57,7 +57,7 @@ UNSAFE = re.compile(r'^/|(^|/)\.\.(/|$)|\.__')  # names of members: absolute, up
 
 
 class Header(tarfile.TarInfo):
-    "The header of a member; without one, a shard must end with the mark for its end."
+    "Tar header; a truncated archive is an error."
 
     @classmethod
     def fromtarfile(cls, tar):
@@ -73,7 +73,7 @@ def tar_files(
     shard: str,  # one of `find_shards`
     faults: Counter,  # what is left out is counted here
 ) -> Iterator[dict]:  # as webdataset groups them: fname, data, __url__
-    "The files in a shard, one after the other."
+    "Iterate over the files of a tar shard."
     from webdataset.gopen import gopen, set_options
     with gopen(shard) as stream:
         set_options(stream, ignore_status=[0, 23, 141, -13])    # of a command that was still writing at the end
@@ -90,7 +90,7 @@ def parse_shard(
     shard: str,  # one of `find_shards`
     faults: Counter,  # what is wrong with it is counted here
 ) -> Iterator[dict]:  # a sample: ending of the file -> bytes, and its __key__
-    "The samples of a shard in order, from its tar file."
+    "Parse the samples of a tar shard."
     from webdataset.tariterators import group_by_keys
 
     def doubled(error):
@@ -115,14 +115,14 @@ shard_cache = {}  # (name, bytes, time of the last change) -> samples and faults
 
 
 def cached_shard(key: tuple) -> tuple[list, Counter] | None:
-    "Samples and faults of a shard that is in memory."
+    "Cached samples and faults of a shard."
     if key in shard_cache:
         shard_cache[key] = shard_cache.pop(key)
     return shard_cache.get(key)
 
 
 def cache_shard(key: tuple, samples: list, faults: Counter):
-    "Keep a shard in memory, and drop those that were used least recently."
+    "Cache a shard; evict the least recently used."
     shard_cache[key] = samples, faults
     while sum(size for _, size, _ in shard_cache) > SHARD_CACHE_BYTES:
         del shard_cache[next(iter(shard_cache))]
@@ -132,7 +132,7 @@ def read_shard(
     shard: str,  # one of `find_shards`
     faults: Counter,  # what is wrong with it is counted here
 ) -> Iterator[dict]:  # a sample: ending of the file -> bytes, and its __key__
-    "The samples of a shard in order, as many as can be read; a small local shard comes from memory after its first pass."
+    "Read the samples of a shard; small local shards are cached after the first pass."
     stat = os.stat(shard) if not is_remote(shard) and os.path.isfile(shard) else None
     if stat is None or stat.st_size > SHARD_CACHE_BYTES // 16:
         yield from parse_shard(shard, faults)
@@ -154,18 +154,18 @@ def read_samples(
     shards: list[str],  # from `find_shards`
     faults: Counter | None = None,  # what is wrong with them is counted here
 ) -> Iterator[dict]:  # as for `read_shard`
-    "Every sample of the shards once, in order."
+    "Read all samples of shards once, in order."
     faults = Counter() if faults is None else faults
     for shard in shards:
         yield from read_shard(shard, faults)
 
 # %% ../../nbs/data/03_images.ipynb #e5458550
 class Skip(Exception):
-    "A sample is not used; the message is the reason, a few words to count it by."
+    "A sample is dropped; the message is the reason it is counted under."
 
 
 def record_repair(sample: dict, repair: str):
-    "Remember in a sample what was put right."
+    "Record a repair in a sample."
     sample.setdefault('__repairs__', set()).add(repair)
 
 
@@ -173,7 +173,7 @@ def text_of(
     sample: dict,  # from `read_shard`
     ending: str,  # of the file
 ) -> str:
-    "A text file of a sample, bytes that are no UTF-8 replaced."
+    "Decode a text file of a sample; invalid UTF-8 is replaced."
     try:
         return sample[ending].decode()
     except UnicodeDecodeError:
@@ -184,7 +184,7 @@ def text_of(
 def metadata_of(
     sample: dict,  # from `read_shard`
 ) -> dict:  # empty where there is no json or it cannot be read
-    "What the json of a sample says."
+    "Metadata of a sample, from its json."
     if '__facts__' not in sample:
         facts = {}
         if 'json' in sample:
@@ -205,7 +205,7 @@ def captions_of(
     sample: dict,  # from `read_shard`
     key: str = '',  # ending of a file or entry of the json; '' for the usual places
 ) -> list[str]:  # at least one, none empty; Skip where there are none
-    "Every caption of a sample."
+    "Captions of a sample."
     facts, names = metadata_of(sample), [key] if key else ['captions', 'txt', 'caption']
     for name in names:
         told = text_of(sample, name) if name in sample else facts.get(name)
@@ -220,7 +220,7 @@ def captions_of(
 def to_rgb(
     image,  # PIL image of any mode
 ):  # the same in RGB
-    "An image in eight bits of red, green and blue; what is transparent becomes white."
+    "Convert to RGB; transparent pixels become white."
     from PIL import Image
     if image.mode.startswith('I'):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + .5).astype(np.uint8))
@@ -235,7 +235,7 @@ def fit_image(
     size: int,  # height and width wanted, pixels
     generator: np.random.Generator | None = None,  # random crop and flip; None crops the centre
 ) -> np.ndarray:  # (size, size, 3) uint8
-    "Bring the shorter side of an image to the size and crop it to a square."
+    "Resize the shorter side and crop to a square."
     from PIL import Image
     image = to_rgb(image)
     if image.size != (size, size):
@@ -257,7 +257,7 @@ def open_image(
     data: bytes,  # an image file
     max_pixels: int = MAX_PIXELS,  # of the largest image to decode
 ):  # PIL image, not decoded yet; Skip where it should not be
-    "Open an image file and look at its header."
+    "Open an image file and validate its header; Skip for an unusable one."
     from PIL import Image
     try:
         with warnings.catch_warnings():
@@ -282,7 +282,7 @@ def decode_image(
     max_pixels: int = MAX_PIXELS,  # of the largest image to decode, and to resize to
     repairs: set | None = None,  # what was put right is added
 ) -> np.ndarray:  # (size, size, 3) uint8; Skip where there is no image
-    "Read an image file and fit it to the size."
+    "Decode an image file, resize and crop it."
     from PIL import ImageOps
     image, repairs = open_image(data, max_pixels), set() if repairs is None else repairs
     if size**2 * max(image.size) / min(image.size) > max_pixels:
@@ -301,14 +301,14 @@ def decode_image(
 def to_images(
     pixels: np.ndarray,  # (b, h, w, 3) uint8
 ) -> Tensor:  # (b, 3, h, w) float in [0, 1]
-    "Images as a network wants them."
+    "uint8 images (b, h, w, 3) to floats (b, 3, h, w) in [0, 1]."
     return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 255
 
 
 def to_pixels(
     images: Tensor,  # (b, 3, h, w) in [0, 1]
 ) -> np.ndarray:  # (b, h, w, 3) uint8: floor(255 y + 0.5), clipped
-    "Images as people and files want them."
+    "Floats (b, 3, h, w) in [0, 1] to uint8 images (b, h, w, 3)."
     return (images.float() * 255 + .5).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 # %% ../../nbs/data/03_images.ipynb #1fe5168a
@@ -318,7 +318,7 @@ IMAGE_FILES = 'png', 'jpg', 'jpeg', 'webp'
 def image_bytes(
     sample: dict,  # from `read_shard`
 ) -> bytes:  # Skip where there is none
-    "The image file of a sample, whatever its format."
+    "Image file of a sample, of any supported format."
     for ending in IMAGE_FILES:
         if ending in sample:
             return sample[ending]
@@ -329,7 +329,7 @@ def read_moments(
     sample: dict,  # from `read_shard`, of a token cache
     token_dim: int,  # d
 ) -> np.ndarray:  # (k, 2 d) float32, mean then log-variance; Skip where there are none
-    "The moments of one cached image."
+    "Mean and log-variance of a cached image."
     if 'token.npy' not in sample:
         raise Skip('no tokens')
     data = sample['token.npy']

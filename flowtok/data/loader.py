@@ -29,7 +29,7 @@ from .mixture import Source, use_sample
 def random_at(
     *key: int,  # not negative, the last one not 0
 ) -> np.random.Generator:
-    "The random numbers that belong to a key."
+    "Random generator seeded by a key."
     return np.random.default_rng(key)
 
 
@@ -40,7 +40,7 @@ def shard_of_pass(
     shards: int,  # n, of the source
     *key: int,  # seed and source
 ) -> int:  # of the shard, in 0 ... n - 1
-    "Which shard a stream goes to."
+    "Shard of a stream in a pass."
     epoch, i = divmod(stream + visit * streams, shards)
     return int(random_at(*key, epoch, 1).permutation(shards)[i])
 
@@ -50,7 +50,7 @@ def shuffle_buffer(
     size: int,  # of the buffer; 1 leaves the order as it is
     rng: np.random.Generator,
 ) -> Iterator:
-    "The same samples, shuffled in a buffer that is emptied at the end."
+    "Shuffle a stream of samples in a buffer."
     buffer = []
     for sample in samples:
         if len(buffer) < size:
@@ -67,19 +67,19 @@ PATIENCE = 100_000  # samples dropped in a row before a source is given up
 
 
 class NoSamples(ValueError):
-    "A source has nothing that can be used; the message is one sentence."
+    "A source has no usable sample."
 
 
 def describe_counts(
     counts: dict,  # what was kept, dropped and repaired
 ) -> str:
-    "Counts in words, the most frequent first."
+    "Format counts, most frequent first."
     return ', '.join(f'{name} {count:,}' for name, count in Counter(counts).most_common()) or 'nothing at all'
 
 
 @dataclass(frozen=True)
 class Plan:
-    "All that decides what the streams hold."
+    "Everything the order of samples depends on."
     sources: list[Source]
     shards: list[list[str]]  # of each source
     read: Callable  # the reader: (sample, source, rng) -> row
@@ -95,7 +95,7 @@ def read_source(
     at: list[int],  # visit, and samples that have left its buffer; moves on
     counts: Counter,  # what happened is counted here
 ) -> Iterator:  # without end; NoSamples where nothing can be used
-    "The rows that one source gives to one stream."
+    "Rows of one source for one stream."
     source, shards, barren, missed = plan.sources[i], plan.shards[i], set(), 0
     while len(barren) < len(shards) and missed < PATIENCE:
         visit, faults = at[0], Counter()
@@ -121,7 +121,7 @@ def read_source(
 
 # %% ../../nbs/data/05_loader.ipynb #540e523e
 class Stream:
-    "Rows without end, in an order that depends on the plan and the stream's number alone."
+    "Endless rows in an order that depends on plan and stream index alone."
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class Stream:
 
     @property
     def position(self) -> dict:
-        "Rows drawn, visit and place for each source, and what was counted on the way."
+        "Position of each stream for resuming."
         return {'drawn': self.drawn, 'at': [list(at) for at in self.at], 'counts': dict(self.counts)}
 
     def __next__(self):
@@ -154,7 +154,7 @@ def exit_with_parent(
     leave,  # shared number: not 0 when it is time to go
     worker: int,  # number of this worker
 ):
-    "In a worker: ignore the signals that are meant for training, and leave when it has left."
+    "Worker initialiser: ignore SIGINT and SIGTERM, exit when the parent process exits."
     parent = os.getppid()
 
     def watch():
@@ -168,7 +168,7 @@ def exit_with_parent(
 
 
 def identity_collate(part):
-    "What a loader does to the items of its workers: nothing."
+    "Identity collate_fn."
     return part
 
 # %% ../../nbs/data/05_loader.ipynb #3779b991
@@ -176,7 +176,7 @@ def load(
     parts: IterableDataset,  # items in turn from each worker
     workers: int,  # processes; 0 reads in this one
 ) -> Iterator:
-    "Items of a data set that worker processes read."
+    "DataLoader over a data set with worker processes."
     if not workers:
         return iter(parts)
     leave = torch.multiprocessing.RawValue('b')                 # an Event waits for sleepers that may be gone
@@ -188,13 +188,13 @@ def load(
 
 
 def share_of_worker(items: list) -> list:
-    "The part of a list that falls to this worker."
+    "Items of a list for this worker."
     worker = get_worker_info()
     return items[worker.id::worker.num_workers] if worker else items
 
 # %% ../../nbs/data/05_loader.ipynb #3d689049
 class Parts(IterableDataset):
-    "The rows of one process, as one of its workers reads them."
+    "IterableDataset of one process's rows."
 
     def __init__(
         self,
@@ -217,7 +217,7 @@ class Parts(IterableDataset):
 
 # %% ../../nbs/data/05_loader.ipynb #bbfffc97
 class Batches:
-    "An endless iterator over one process's rows of the batches, and where it is."
+    "Endless iterator over one process's rows of the batches; knows its position."
 
     def __init__(self, parts: Parts, workers: int):
         self.parts, self.workers = load(parts, workers), max(1, workers)
@@ -240,7 +240,7 @@ class Batches:
 
     @property
     def counts(self) -> Counter:
-        "What was kept, dropped and repaired up to this batch, also before a break."
+        "Counts of kept, dropped and repaired samples, over all sessions."
         return sum((Counter(stream['counts']) for stream in self.position.values()), Counter())
 
 # %% ../../nbs/data/05_loader.ipynb #9a659a36
@@ -257,7 +257,7 @@ def open_batches(
     streams: int = 0,  # S; 0 for the largest divisor of batch_size up to 64
     position: dict | None = None,  # of all processes, merged: where to go on
 ) -> Batches:
-    "This process's rows of batches without end, the same for any number of processes and workers."
+    "Open an endless loader; the global batches do not depend on the number of processes or workers."
     S = streams or max(n for n in range(1, 65) if batch_size % n == 0)
     if batch_size % S or S % world_size:
         raise ValueError(f"A batch of {batch_size} in {S} streams cannot be shared by {world_size} processes: their "

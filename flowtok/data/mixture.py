@@ -28,7 +28,7 @@ from ..config import split_words
 # %% ../../nbs/data/04_mixture.ipynb #40f1a362
 @dataclass(frozen=True)
 class Source:
-    "Where samples come from, which of them to keep, and where their captions are."
+    "A data set of a mixture: shards, filters, caption keys."
     shards: str  # as for `find_shards`
     weight: float = 1.  # its share of the batch is this over the sum of all sources' weights
     max_aspect: float = 0.  # longer over shorter side must be less; 0 for any
@@ -65,7 +65,7 @@ paper_sources = {
 def find_sources(
     data: str | Path,  # as for `find_shards`; or a .json file with a list of sources
 ) -> list[Source]:  # at least one, each with at least one shard; an error of one sentence otherwise
-    "The sources that a name stands for."
+    "Sources of a name: shards, or a .json list."
     name, cache = str(data), os.path.join(str(data), 'cache.json')
     name = cache if os.path.exists(cache) else name
     if os.path.exists(os.path.join(name, 'encoding.json')):
@@ -86,7 +86,7 @@ def list_sources(
     entries,  # what the file holds
     name: str,  # of the file
 ) -> list[Source]:
-    "Sources from a list of their entries."
+    "Parse a list of sources."
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f'{name} must hold a list of sources, like [{{"shards": "cc12m", "preset": "cc12m"}}].')
     found = []
@@ -106,7 +106,7 @@ def list_sources(
 
 # %% ../../nbs/data/04_mixture.ipynb #670337e6
 def number_in(facts: dict, key: str) -> float:
-    "A number from a json; nan where there is none."
+    "Number from metadata; nan where missing."
     try:
         return float(facts[key])
     except (KeyError, TypeError, ValueError, OverflowError):
@@ -116,7 +116,7 @@ def number_in(facts: dict, key: str) -> float:
 def size_of(
     sample: dict,  # from `read_shard`
 ) -> tuple[float, float]:  # width and height in pixels, both above 0; Skip where they are unknown
-    "How large the image of a sample was before anybody resized it."
+    "Original size of an image."
     facts = metadata_of(sample)
     for side in 'original_', '':
         width, height = number_in(facts, f'{side}width'), number_in(facts, f'{side}height')
@@ -151,13 +151,13 @@ def check_filters(
 def clean_recaption(
     text: str,  # as the model wrote it
 ) -> str:
-    "A written caption without its opening phrase, and with a capital letter."
+    "Clean a recaption: drop the opening phrase, capitalise."
     text = re.sub(r'^The image (depicts|displays|showcases|features|shows)\s+', '', text.strip())
     return text[:1].upper() + text[1:]
 
 
 def keep_known(sample: dict, caption: str, words: frozenset) -> str:
-    "A caption without its unknown words, which is noted as a repair; Skip where nothing is left."
+    "Drop unknown words from a caption and record the repair; Skip where nothing is left."
     found = split_words(caption)
     kept = [word for word in found if word in words]
     if not kept:
@@ -191,7 +191,7 @@ def common_words(
     most: int = 4000,  # words
     look: int = 100_000,  # samples, of all sources together
 ) -> tuple[str, ...]:  # the most frequent first
-    "The words that the captions of some data use most."
+    "Most frequent words of the captions."
     seen = Counter()
     for source in sources:
         samples = (sample for shard in find_shards(source.shards) for sample in read_shard(shard, Counter()))
@@ -248,7 +248,7 @@ def use_sample(
     rng: np.random.Generator | None,  # for the reader
     counts: Counter,  # what happened is counted here
 ):  # what the reader made, or None
-    "Read a sample if it can be used, and count it in any case."
+    "Read a sample or drop it, and count it."
     try:
         check_filters(sample, source)
         row = read(sample, source, rng)

@@ -105,7 +105,7 @@ def coverage(
 
 # %% ../../nbs/data/01_shapes.ipynb #73558fa2
 def texture_pattern(texture: str, size: int) -> np.ndarray:
-    "Where the second grey level of a texture lies, in [0, 1], (size, size) pixels."
+    "Mask of a texture's second grey level, in [0, 1], (size, size)."
     if texture == 'plain':
         return np.zeros((size, size))
     u = (np.arange(size) + .5) / size * 4                                        # (size,) in periods
@@ -119,7 +119,7 @@ def texture_pattern(texture: str, size: int) -> np.ndarray:
 
 # %% ../../nbs/data/01_shapes.ipynb #7ec8d6c4
 def whole_number(name: str, value: object, least: int) -> int:
-    "The value, or ValueError where it is no whole number or smaller than the least."
+    "Validate an integer >= least."
     if not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
     return int(value)
@@ -146,14 +146,14 @@ HELD_OUT = frozenset({('circle', 'green'), ('bar', 'orange'), ('triangle', 'purp
 
 
 def random_numbers(split: str, seed: int, *purpose: int) -> np.random.Generator:
-    "The random numbers of one seed of a split; another purpose has others."
+    "Random generator of a seed, split and purpose."
     if split not in SPLITS:
         raise ValueError(f"Split {split!r} is unknown: choose one of {', '.join(SPLITS)}.")
     return np.random.default_rng([*purpose, SPLITS.index(split), whole_number('seed', seed, 0)])
 
 # %% ../../nbs/data/01_shapes.ipynb #521f670c
 def paint(shape: str, colour: str, rng: np.random.Generator) -> dict:
-    "A shape and a colour word with the shade and the angle drawn for them, as fields of a Thing."
+    "Sample shade and angle for a shape and colour, as fields of a Thing."
     hue = HUES[colour] + rng.uniform(-4, 4)
     rgb = colorsys.hsv_to_rgb(hue % 360 / 360, rng.uniform(.82, 1.), rng.uniform(.75, 1.))
     angle = rng.uniform(-TILT, TILT) if PERIOD[shape] else 0.
@@ -161,7 +161,7 @@ def paint(shape: str, colour: str, rng: np.random.Generator) -> dict:
 
 
 def draw_thing(pairs: list, rng: np.random.Generator) -> Thing:
-    "A thing of one of the pairs (shape, colour), not yet placed."
+    "Sample a thing of one of the (shape, colour) pairs, without position."
     shape, colour = pairs[rng.integers(len(pairs))]
     size = 'small' if rng.random() < .5 else 'large'
     return Thing(size=size, radius=SIZES[size] * rng.uniform(.95, 1.05), **paint(shape, colour, rng))
@@ -174,7 +174,7 @@ ALIKE = .2  # share of the pairs that are of one shape and colour
 
 
 def draw_cells(n: int, rng: np.random.Generator) -> np.ndarray:
-    "A column and a row of the grid for each of n things, (n, 2)."
+    "Sample a grid cell for each thing, (n, 2)."
     cells = rng.integers(3, size=(n, 2))
     if n == 2 and rng.random() < FACING:
         cells[0] = [(0, 1), (1, 0), (1, 2), (2, 1)][rng.integers(4)]
@@ -188,7 +188,7 @@ def place(
     stray: float = STRAY,  # how far from the middle of its cell a thing may lie
     cells: np.ndarray | None = None,  # column and row of each thing, (n, 2); None: drawn
 ) -> tuple | None:  # of Thing, or None where no room was found
-    "The things at places where none comes near another or the border."
+    "Place things without overlap."
     placed = []
     for thing, cell in zip(things, draw_cells(len(things), rng) if cells is None else cells):
         reach, middle = thing.radius * REACH[thing.shape] + .01, np.array(MIDDLES)[cell]
@@ -204,7 +204,7 @@ def draw_scene(
     split: str = 'train',  # one of SPLITS
     anywhere: float = 0.,  # share of the scenes whose things lie anywhere, in [0, 1]
 ) -> Scene:
-    "The scene of a seed."
+    "Sample the scene of a seed."
     if not 0 <= anywhere <= 1:
         raise ValueError(f"anywhere must be a share between 0 and 1, got {anywhere}.")
     rng = random_numbers(split, seed)
@@ -239,7 +239,7 @@ def place_words(
     dx: float = 0.,  # as if it were moved by this much
     dy: float = 0.,
 ) -> tuple[str, str]:  # one of ROWS, one of COLUMNS
-    "Where a thing is, in words."
+    "Row and column word of a position."
     row, column = (sum(v > cut for cut in CUTS) for v in (thing.y + dy, thing.x + dx))
     return ROWS[row], COLUMNS[column]
 
@@ -248,7 +248,7 @@ def is_at(
     thing: Thing,  # or anything with x and y
     words: tuple,  # one of ROWS, one of COLUMNS; None for either that is not named
 ) -> bool:  # also where it is at most 0.04 beyond the cut
-    "Whether a thing is where the words say."
+    "Whether a position agrees with place words."
     corners = (place_words(thing, dx, dy) for dx in (-.04, .04) for dy in (-.04, .04))
     return any(all(word in (None, own) for word, own in zip(words, corner)) for corner in corners)
 
@@ -261,7 +261,7 @@ def relation(
     b: Thing,
     clear: bool = True,  # relations clear enough to be said; else all that are accepted
 ) -> list[str]:  # some of RELATIONS, often none
-    "The relations in which a stands to b."
+    "Spatial relations of a to b."
     dx, dy, found = a.x - b.x, a.y - b.y, []
     for word, (sx, sy) in RELATIONS.items():
         along, across = sx * dx + sy * dy, abs(sy * dx + sx * dy)
@@ -274,7 +274,7 @@ def facing(
     a: Thing,  # or anything with x and y
     b: Thing,
 ) -> bool:
-    "Whether the middle between two things is that of the image."
+    "Whether two things lie opposite each other across the centre."
     return abs(a.x + b.x - 1) < .15 and abs(a.y + b.y - 1) < .15
 
 
@@ -313,7 +313,7 @@ def two_alike(things: list, sized: bool) -> str | None:
 def reading_order(
     things: tuple,  # of Thing
 ) -> list:  # the same things
-    "Things row by row, each row from the left."
+    "Sort things in reading order."
     def cell(thing): return [words.index(word) for words, word in zip((ROWS, COLUMNS), place_words(thing))]
 
     return sorted(things, key=cell)
@@ -322,7 +322,7 @@ def reading_order(
 def plain_caption(
     scene: Scene,  # what is described
 ) -> str:
-    "The one caption that a scene always has: what is where, in reading order."
+    "Canonical caption of a scene: every thing with its place, in reading order."
     return ', '.join(map(noun, reading_order(scene.things)))
 
 # %% ../../nbs/data/01_shapes.ipynb #f85e4810
@@ -331,7 +331,7 @@ def loose_caption(
     rng: np.random.Generator,  # of the choice of words
     split: str = 'train',  # one of SPLITS, the scene's own
 ) -> str:
-    "One caption of many, of at most 15 words."
+    "Sample a caption of at most 15 words."
     things, rare = reading_order(scene.things), HELD_OUT if split == 'held_out' else ()
     if rng.random() < .3:
         things = [things[i] for i in rng.permutation(len(things))]
@@ -370,7 +370,7 @@ def captions(
     n: int = 5,  # how many
     split: str = 'train',  # one of SPLITS, the scene's own
 ) -> list[str]:  # the plain one first, the others not always different
-    "The plain caption of a scene, and loose ones."
+    "Captions of a scene: the canonical one first."
     rng = random_numbers(split, seed, 7)
     return [plain_caption(scene), *(loose_caption(scene, rng, split) for _ in range(n - 1))]
 
@@ -380,7 +380,7 @@ ENCODINGS = {'png': {'format': 'PNG'}, 'jpg': {'format': 'JPEG', 'quality': 95, 
 
 
 def shard_sample(seed: int, split: str, size: int, image_format: str, anywhere: float) -> dict:
-    "One sample: its __key__, and the bytes of each of its files by their ending."
+    "Webdataset sample of a scene."
     scene, stream, key = draw_scene(seed, split, anywhere), io.BytesIO(), f'{seed:09d}'
     texts = captions(scene, seed, split=split)
     Image.fromarray(render(scene, size)).save(stream, **ENCODINGS[image_format])
@@ -394,7 +394,7 @@ def write_shard(
     path: Path,  # of the tar file; its folder exists
     samples: Iterable[dict],  # each a __key__, and the bytes of each of its files by their ending
 ) -> None:
-    "One tar file, under its own name only when it is complete; the same bytes each time."
+    "Write a tar shard atomically and deterministically."
     from webdataset import TarWriter
     with atomic_path(path) as part, open(part, 'wb') as stream, TarWriter(stream, mtime=0, encoder=False) as tar:
         for sample in samples:
@@ -406,7 +406,7 @@ def claim_folder(
     contents: dict,  # what it is to hold
     name: str = 'scenes.json',  # of the note
 ) -> None:
-    "Note what a folder is to hold, or find that very note there; else ValueError."
+    "Claim a folder for one content; ValueError where it holds another."
     folder.mkdir(parents=True, exist_ok=True)
     note, part, wanted = folder / name, folder / f'.{name}-{os.getpid()}', json.dumps(contents)
     found = note.read_text() if note.exists() else 'shards of something else' if any(folder.glob('*.tar')) else ''
@@ -428,7 +428,7 @@ def write_shards(
     start: int = 0,  # first seed, the others follow
     progress: bool = False,  # show a bar
 ) -> list[Path]:  # the tar files, in order
-    "Scenes as webdataset shards in img2dataset's layout; what is already there is not written again."
+    "Write scenes as webdataset shards in img2dataset's layout; finished shards are kept."
     from tqdm.auto import tqdm
     random_numbers(split, start)  # refuses what is no split or no seed
     if image_format not in ENCODINGS:

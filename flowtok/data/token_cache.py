@@ -26,7 +26,7 @@ from .loader import NoSamples, describe_counts, load, share_of_worker
 # %% ../../nbs/data/06_token_cache.ipynb #055fb4ce
 @dataclass(frozen=True)
 class CacheReader:
-    "Reads an image, and all that is to stand next to its tokens."
+    "Reader of images and the metadata to keep with their tokens."
     size: int  # height and width wanted, pixels
 
     def __call__(self, sample: dict, source: Source, rng=None) -> tuple[np.ndarray, dict]:
@@ -39,7 +39,7 @@ class CacheReader:
 
 
 class CacheParts(IterableDataset):
-    "Images of shards in batches for the tokenizer; no batch reaches across shards."
+    "Batches of images for encoding, none across shards."
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ def encode_shards(
     encode: Callable,  # pixels (b, h, w, 3) uint8 -> moments (b, k, 2 d), mean then log-variance
     folder: Path,  # of the cache
 ) -> Iterator[str]:  # the keys of the samples, for a bar
-    "Write shards of tokens, as the parts come."
+    "Encode batches and write token shards."
     from webdataset import TarWriter
     begun = {}
     for name, rows, counts in parts:
@@ -96,7 +96,7 @@ def describe_cache(
     size: int,  # of the images, pixels
     tokenizer: str,  # name of the tokenizer
 ) -> dict:
-    "What a cache is made of, and how it is read."
+    "Description of a token cache."
     told, entries = [], []
     for i, (source, names) in enumerate(zip(sources, shards)):
         free = 'weight', 'recaption_probability', 'shards'
@@ -112,7 +112,7 @@ def claim_cache(
     folder: Path,  # of the cache
     about: dict,  # from `describe_cache`
 ) -> bool:  # whether it is finished; ValueError where it is another one
-    "Note in a folder what it is to hold, or find that very note there."
+    "Claim a cache folder; ValueError where it holds other tokens."
     (folder / 'counts').mkdir(parents=True, exist_ok=True)
     notes = [path for path in (folder / 'cache.json', folder / 'encoding.json') if path.exists()]
     held = json.loads(notes[0].read_text()) if notes else {} if any(folder.glob('*.tar')) else about
@@ -139,7 +139,7 @@ def write_token_cache(
     world_size: int = 1,  # of how many that encode into this folder
     progress: Callable = iter,  # wraps the iteration over samples, for a bar
 ) -> Path:  # the folder; it holds cache.json as soon as all processes are done
-    "Encode data once, into shards of tokens and captions."
+    "Encode a data set into token shards."
     folder, shards = Path(folder), [find_shards(source.shards) for source in sources]
     about = describe_cache(sources, shards, size, tokenizer)
     jobs = [(f'{i:02d}-{k:05d}', shard, source)
@@ -159,7 +159,7 @@ def write_token_cache(
 def holds_tokens(
     sources: list[Source],  # from `find_sources`
 ) -> bool:
-    "Whether the samples are tokens already, in a cache or in the authors' layout."
+    "Whether the data are tokens already."
     shards = (shard for source in sources for shard in find_shards(source.shards))
     first = next((sample for shard in shards for sample in read_shard(shard, Counter())), {})
     return 'token.npy' in first
@@ -189,7 +189,7 @@ def check_cache(
     data: str | Path,  # tokens, as `find_sources` takes them
     tokenizer: str,  # name of the tokenizer that is to read them
 ):
-    "Refuses tokens that are known to be another tokenizer's."
+    "Raise ValueError for tokens of another tokenizer."
     file = Path(data) / 'cache.json'
     made_by = json.loads(file.read_text())['tokenizer'] if file.exists() else ''
     if made_by not in ('', tokenizer):

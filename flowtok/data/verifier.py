@@ -27,7 +27,7 @@ from .shapes import (COLOURS, COLUMNS, HUES, PERIOD, RELATIONS, ROWS, SHAPES, SI
 # %% ../../nbs/data/02_verifier.ipynb #c5f5905a
 @dataclass(frozen=True)
 class Claims:
-    "What a caption states."
+    "Claims of a caption."
     things: tuple  # of (size, colour, shape, place), None where not named; place: (row, column), either may be None
     relation: str | None  # one of RELATIONS, from the first thing to the second
     ground: str | None  # one of TONES or TEXTURES
@@ -52,7 +52,7 @@ SENTENCE = re.compile(f'(?:(?:there is )?{NOUNS}|{COUNTED})'
 def parse(
     text: str,  # a caption; case and commas do not matter
 ) -> Claims | None:  # None where the text is not of the captions' language
-    "What a text claims about an image."
+    "Parse the claims of a caption."
     match = SENTENCE.fullmatch(' '.join(canonical(text)))
     if not match:
         return None
@@ -74,7 +74,7 @@ def agrees(
     tone: str,  # of the ground
     texture: str,
 ) -> bool:  # every claim is true, and there is no further thing
-    "Whether claims are true of what there is."
+    "Whether claims agree with things and background."
     if claims is None or len(things) != len(claims.things) or any(o.shape == 'unclear' for o in things):
         return False
     if claims.ground and claims.ground not in (tone, texture):
@@ -102,7 +102,7 @@ def is_true(
 def to_pixels(
     image: np.ndarray | Image.Image,  # square, at least 64 pixels wide, uint8 where it is an array
 ) -> np.ndarray:  # in [0, 1], (64, 64, 3)
-    "The image that the reader looks at."
+    "Image as uint8 pixels at the verifier's size."
     pixels = np.asarray(image.convert('RGB')) if isinstance(image, Image.Image) else image
     shape, kind = getattr(pixels, 'shape', ()), getattr(pixels, 'dtype', type(pixels).__name__)
     if kind != np.uint8 or len(shape) != 3 or shape[2] != 3 or shape[0] != shape[1] or shape[0] < 64:
@@ -115,7 +115,7 @@ def to_pixels(
 
 
 def find_cores(colourfulness: np.ndarray) -> list[np.ndarray]:
-    "The connected coloured regions, bool (64, 64) each, dust left out."
+    "Connected coloured regions, bool (64, 64) each."
     from scipy import ndimage
     label, n = ndimage.label(colourfulness > .22, np.ones((3, 3)))
     return [label == i for i in range(1, n + 1) if (label == i).sum() >= 8]
@@ -128,7 +128,7 @@ AREA = dict(circle=math.pi, bar=4 * 1.35 * .55, triangle=.75 * 3**.5 * 1.42**2,
 
 
 def recover_coverage(chroma: np.ndarray, core: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "How much of each pixel the thing around a core covers, (64, 64), and the thing's own chroma, (3,)."
+    "Soft mask of a thing, (64, 64), and its chroma, (3,)."
     from scipy import ndimage
     colourfulness = np.linalg.norm(chroma, axis=-1)
     own = np.median(chroma[core & (colourfulness >= np.median(colourfulness[core]))], axis=0)
@@ -137,13 +137,13 @@ def recover_coverage(chroma: np.ndarray, core: np.ndarray) -> tuple[np.ndarray, 
 
 
 def name_colour(chroma: np.ndarray) -> str:
-    "The word for the hue that is nearest on the colour circle."
+    "Colour word of the nearest hue."
     hue = colorsys.rgb_to_hsv(*np.clip(chroma - chroma.min(), 0, 1))[0] * 360
     return min(HUES, key=lambda colour: abs((hue - HUES[colour] + 180) % 360 - 180))
 
 
 def locate(a: np.ndarray) -> tuple[float, float, float]:
-    "The centre x, y of a coverage, and the radius that a shape of MEAN_AREA with its area has."
+    "Centre and radius of a mask."
     y, x = np.indices(a.shape) + .5
     area = float(a.sum())
     return float((a * x).sum()) / area / 64, float((a * y).sum()) / area / 64, math.sqrt(area / MEAN_AREA) / 64
@@ -154,7 +154,7 @@ WINDOW = np.stack(np.meshgrid(*[np.linspace(-1.65, 1.65, 24)] * 2), -1)         
 
 @cache
 def templates(radius: float) -> dict[str, np.ndarray]:
-    "What the window shows of each shape drawn at 64 pixels with this radius: its turned forms, (n, 24, 24)."
+    "Rotated templates of each shape at a radius, (n, 24, 24)."
     bank = {}
     for shape in SHAPES:
         scale, forms = math.sqrt(AREA[shape] / MEAN_AREA), []
@@ -167,7 +167,7 @@ def templates(radius: float) -> dict[str, np.ndarray]:
 
 
 def through_window(a: np.ndarray, x: float, y: float, radius: float) -> np.ndarray:
-    "A coverage as the window shows it, (24, 24)."
+    "Crop and resample a mask to the template window, (24, 24)."
     from scipy import ndimage
     at = [(y + WINDOW[..., 1] * radius) * 64 - .5, (x + WINDOW[..., 0] * radius) * 64 - .5]
     return ndimage.map_coordinates(a, at, order=1, mode='constant')
@@ -180,7 +180,7 @@ def template_errors(seen: np.ndarray, radius: float) -> dict[str, np.ndarray]:
 
 
 def match_shapes(seen: np.ndarray, radius: float) -> dict[str, float]:
-    "How badly each shape fits what the window shows: the error of its best template."
+    "Error of the best template of each shape."
     return {shape: float(errors.min()) for shape, errors in template_errors(seen, radius).items()}
 
 
@@ -197,7 +197,7 @@ def ground_patterns() -> list:
 
 
 def read_ground(grey: np.ndarray, mask: np.ndarray) -> tuple[str, str]:
-    "Tone and texture of the masked pixels, (64, 64); both 'unclear' when hardly any ground is to be seen."
+    "Tone and texture of the background; 'unclear' where too little of it is visible."
     g = grey[mask]
     if len(g) < 100:
         return 'unclear', 'unclear'
@@ -216,7 +216,7 @@ MAX_ERROR = .3  # of a template that still counts as a match
 
 @dataclass(frozen=True)
 class Seen:
-    "A thing as the reader sees it."
+    "A recognised thing."
     shape: str  # one of SHAPES, or 'unclear'
     colour: str  # one of COLOURS
     size: str  # one of SIZES
@@ -227,14 +227,14 @@ class Seen:
 
 
 class Reading(NamedTuple):
-    "What the reader sees in an image."
+    "Everything recognised in an image."
     things: tuple  # of Seen
     tone: str  # one of TONES, or 'unclear'
     texture: str  # one of TEXTURES, or 'unclear'
 
 
 def read_thing(chroma: np.ndarray, core: np.ndarray) -> Seen:
-    "The words for the thing around a core."
+    "Recognise the thing around a core."
     a, own = recover_coverage(chroma, core)
     if not a.any():  # its colours cancel each other
         return Seen('unclear', name_colour(own), 'small', math.nan, math.nan, math.inf)
@@ -248,7 +248,7 @@ def read_thing(chroma: np.ndarray, core: np.ndarray) -> Seen:
 def read(
     image: np.ndarray | Image.Image,  # square, at least 64 pixels wide, uint8 where it is an array
 ) -> Reading:
-    "What an image shows, in words."
+    "Recognise the contents of an image."
     from scipy import ndimage
     picture = to_pixels(image)
     grey = picture.mean(-1)

@@ -41,7 +41,7 @@ def make_coco(
     folder: Path,  # created when absent
     n: int,  # images, half of them in Karpathy's test split
 ) -> Path:  # dataset_coco.json; the images are beside it, in val2014
-    "A double of COCO's val2014."
+    "Write a mock COCO val2014."
     images = []
     for i in range(n):
         name = f'COCO_val2014_{i:012d}.jpg'
@@ -61,7 +61,7 @@ def make_mjhq(
     folder: Path,  # created when absent
     n: int,  # images, dealt out to the ten categories
 ) -> Path:  # meta_data.json; the images are beside it, in a folder a category
-    "A double of MJHQ-30K."
+    "Write a mock MJHQ-30K."
     about = {}
     for i in range(n):
         key, category = f'{i:032x}', MJHQ_CATEGORIES[i % 10]
@@ -78,7 +78,7 @@ def draw_captions(
     n: int,  # how many; 0 for all
     seed: int = 0,
 ) -> list[tuple[str, str]]:  # id of the caption (image's key and the caption's number) and the caption
-    "Captions of different images, drawn by a seed."
+    "Sample captions of different images."
     if n > len(pictures):
         raise ValueError(f"n = {n:,} captions cannot be drawn from {len(pictures):,} pictures: give at most as many.")
     rng = np.random.default_rng(seed)
@@ -107,7 +107,7 @@ def read_pictures(
 # %% ../../nbs/evaluation/04_benchmark.ipynb #b2b4fe09
 @dataclass
 class Generated:
-    "What is kept of generated images."
+    "Features and samples of generated images."
     rows: dict[str, np.ndarray]  # way to resize -> features (n, d)
     clip: np.ndarray | None  # CLIP scores, (n,)
     first: Tensor  # the first 16 images, (16, 3, h, w)
@@ -125,7 +125,7 @@ def draw_pictures(
     progress: Callable = iter,  # wraps the iteration over batches, for a bar
     **how,  # num_inference_steps, guidance_scale
 ) -> Generated:
-    "One image for each prompt, seen by the extractors."
+    "Generate an image for each prompt and extract its features."
     rows, clip, first, seconds = {resize: [] for resize in extractors}, [], [], 0.
     for start in progress(range(0, len(prompts), batch_size)):
         part, began = prompts[start:start + batch_size], time.perf_counter()
@@ -167,7 +167,7 @@ def group_of(made: Generated, inside: list[int]) -> Generated:
 
 
 def method_name(config: FlowTokConfig) -> str:
-    "The row of a table that a model belongs to: the paper's for its sizes, one of its own for the small one."
+    "Table row of a model."
     return f"FlowTok-{config.name.upper() if config.name in ('b', 'xl', 'h') else config.name}"
 
 

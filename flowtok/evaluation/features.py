@@ -81,7 +81,7 @@ def inception_features(
     network: nn.Module,  # from `load_inception`
     pixels: Tensor,  # (b, 3, 299, 299), 0 to 255
 ) -> np.ndarray:  # (b, 2048)
-    "The averages before the last layer; the network's layers follow each other in the order in which they are listed."
+    "Pooled features before the last layer."
     x = (pixels.to(next(network.parameters()).device) - 128) / 128
     for name, layer in network.named_children():
         if name == 'fc':
@@ -107,7 +107,7 @@ def find_extractors(
     inception: str = '',  # the weights; '' for where torch-fidelity keeps them, and the stand-in where they are not
     device: str = 'cpu',  # where the network works
 ) -> dict[str, Extractor]:  # way to resize -> extractor
-    "Both ways, with the network that this machine has."
+    "Extractors with either resizing."
     file = find_inception(inception)
     if file is None:
         def look(pixels): return random_conv_features(pixels / 255)
@@ -122,7 +122,7 @@ INTERVALS = {True: 'generated and reference pictures drawn', False: 'generated p
 
 @dataclass(frozen=True)
 class Reference:
-    "What is known of the reference images."
+    "Statistics of the reference images."
     mean: np.ndarray  # (d,)
     cov: np.ndarray  # (d, d)
     n: int  # images
@@ -145,7 +145,7 @@ def reference_statistics(
     extractor: Extractor,
     batches: Callable[[], Iterable[Tensor]],  # called only where nothing is kept: (b, 3, h, w) in [0, 1] each
 ) -> Reference:
-    "The reference, looked at once."
+    "Reference statistics, cached in a file."
     file = Path(cache) / f'{name}-{extractor.name}-{extractor.resize}.npz'
     if file.exists():
         with np.load(file) as kept:
@@ -189,7 +189,7 @@ def clip_activation(
     weights: str | None,  # these two as for `clip_scorer`
     model: str,
 ) -> str:  # 'quick_gelu' or 'gelu'
-    "What weights were trained with: as open_clip lists it, or OpenAI's for a file."
+    "Activation function of CLIP weights."
     import open_clip
     known = open_clip.get_pretrained_cfg(model, weights) if weights else None
     return 'quick_gelu' if not known or known.get('quick_gelu') else 'gelu'

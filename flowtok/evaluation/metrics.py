@@ -56,7 +56,7 @@ def scene_prompts(
 def caption_kind(
     text: str,  # a caption of the scenes
 ) -> str:
-    "What a caption leaves to be made up, or else how many things it names."
+    "Kind of a caption: what it leaves open, or its number of things."
     from flowtok.data.verifier import parse
     claims = parse(text)
     if claims.relation:
@@ -74,7 +74,7 @@ def count_right(
     images: torch.Tensor,  # (n, 3, h, w) in [0, 1]
     prompts: list[str],  # what each should show
 ) -> int:
-    "How many images show what their caption says."
+    "Number of images that show their caption."
     from flowtok.data.images import to_pixels
     from flowtok.data.verifier import shows
     return sum(shows(pixels, prompt) for pixels, prompt in zip(to_pixels(images), prompts, strict=True))
@@ -91,7 +91,7 @@ def text_to_image_scores(
     anywhere: float = 0.,  # as `scene_prompts`
     **how,  # num_inference_steps, guidance_scale, solver, temperature
 ) -> dict[str, int]:  # control -> right images
-    "Right images out of `n`, with the controls."
+    "Correct images out of `n`, with controls."
     prompts = [said[i % len(said)] for i, said in enumerate(scene_prompts(split, n, start, anywhere)[1])]
     generator = torch.Generator().manual_seed(seed)
     tokens = pipe(prompts, generator=generator, output_type='tokens', **how)
@@ -110,7 +110,7 @@ def reconstruction_scores(
     n: int = 500,  # images
     anywhere: float = 0.,  # as `scene_prompts`
 ) -> dict[str, float]:  # 'right' images, and the mean 'psnr' in dB
-    "What the tokenizer does alone: images that went through their tokens, decoded without text, out of `n`."
+    "Reconstructions that show their caption, out of `n`, and PSNR."
     from flowtok.data.images import to_images
     from flowtok.data.shapes import render
     scenes, said = scene_prompts(split, n, anywhere=anywhere)
@@ -127,7 +127,7 @@ def image_to_text_scores(
     anywhere: float = 0.,  # as `scene_prompts`
     **how,  # num_inference_steps, guidance_scale
 ) -> dict[str, int]:  # 'equivalent' and 'exact' -> captions
-    "Captions that are true of their scene, and those that are word for word one of its five, out of `n`."
+    "Captions that are true, and exact, out of `n`."
     from flowtok.data.images import to_images
     from flowtok.data.verifier import is_true
     from flowtok.data.shapes import render
@@ -158,7 +158,7 @@ def gaussian_statistics(
 def matrix_factor(
     cov: np.ndarray,  # (d, d) covariance
 ) -> np.ndarray:  # (d, d) matrix A with A A^T = cov
-    "A factor of a covariance from its eigenvectors, which also exists when the covariance is singular."
+    "Square root of a covariance by eigendecomposition."
     values, vectors = np.linalg.eigh(cov)
     if values[0] < -1e-6 * max(values[-1], 1e-12):
         raise ValueError(f"a covariance with the negative eigenvalue {values[0]:.3g} belongs to no set of features.")
@@ -259,7 +259,7 @@ def draws_interval(
     n: int,  # rows
     draws: int = 200,
 ) -> tuple[float, float]:  # ends of the middle 95%
-    "Between which values a score of all rows would lie with other rows: the bootstrap."
+    "Bootstrap interval of a score."
     rng = np.random.default_rng(0)
     low, high = np.percentile([score(rng.integers(n, size=n)) for _ in range(draws)], (2.5, 97.5))
     return float(low), float(high)

@@ -29,7 +29,7 @@ def draw_claimed(
     words: tuple,  # size, colour, shape and place of a thing, None where not named
     rng: np.random.Generator,
 ):  # a Thing, not yet placed, and its (column, row) with None where not named
-    "A thing of which some words are given."
+    "Sample a thing with some attributes given."
     size, colour, shape, at = words
     pairs = [(s, c) for s, c in PAIRS if shape in (None, s) and colour in (None, c)]
     thing = draw_thing(pairs, rng)
@@ -43,7 +43,7 @@ def draw_fitting(
     text: str,  # a caption of the scenes
     rng: np.random.Generator,
 ) -> Scene:
-    "A scene of the data's distribution, given that the caption is true of it."
+    "Sample a scene given a caption."
     claims = parse(text)
     while True:
         drawn = [draw_claimed(words, rng) for words in claims.things]
@@ -67,7 +67,7 @@ EDGES = -.01, .01  # between the three parts of a cell along an axis
 def nearest_cells(
     things,  # with x and y
 ) -> list[tuple[int, int]]:  # (column, row) of each
-    "The cell of the nine whose middle is nearest."
+    "Nearest grid cell of each thing."
     return [tuple(int(np.abs(np.array(MIDDLES) - v).argmin()) for v in (o.x, o.y)) for o in things]
 
 
@@ -75,7 +75,7 @@ def open_values(
     claims: Claims,  # of the caption
     reading: Reading,  # of its image
 ) -> dict[str, list]:  # attribute of OPEN -> values, where the caption says nothing about it
-    "What an image shows of that which its caption leaves open."
+    "Open attributes of an image: values its caption does not state."
     things, open_all = reading.things, lambda field: all(words[field] is None for words in claims.things)
     clear = [o for o in things if o.shape != 'unclear']
     cells = nearest_cells(clear)
@@ -152,7 +152,7 @@ def precision_recall(
 # %% ../../nbs/evaluation/03_variety.ipynb #3cc9b3b8
 @dataclass(frozen=True)
 class References:
-    "What generated images of a list of prompts are compared with."
+    "True scenes of prompts: readings and features."
     prompts: list[str]
     counts: dict[str, Counter]  # of true scenes that fit the prompts
     features: Reference  # of true scenes that fit the prompts, one a prompt

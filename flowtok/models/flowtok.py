@@ -103,7 +103,7 @@ class FlowTok(nn.Module):
         t: Tensor | float,  # time in [0, 1], (b,) or one for all
         indicator: Tensor | int,  # 0 conditional, 1 or True null, (b,) or one for all
     ) -> Tensor:  # velocity in the direction of generation, (b, k, d)
-        "Where the tokens are going."
+        "Predict the velocity."
         shape = self.config.tokenizer.num_tokens, self.config.tokenizer.token_dim
         if x.shape[1:] != shape:
             raise ValueError(f'Tokens must have the shape (b, {shape[0]}, {shape[1]}), got {tuple(x.shape)}.')

@@ -20,7 +20,7 @@ from ..flow.path import ShardedRandom, draw
 
 # %% ../../nbs/models/01_layers.ipynb #35e7fe9b
 class DiagonalGaussian:
-    "A Gaussian whose entries are independent, given by mean and log-variance."
+    "Diagonal Gaussian given by mean and log-variance."
     def __init__(
         self,
         mean: Tensor,  # (b, k, d)
@@ -34,7 +34,7 @@ class DiagonalGaussian:
         moments: Tensor,  # what a network wrote: mean, then log-variance, along the last axis, (b, k, 2d)
         clamp: tuple[float, float] | None = None,  # bounds of the log-variance, None for none
     ):
-        "Splits the output of a network into mean and log-variance."
+        "Split moments into mean and log-variance."
         mean, logvar = moments.chunk(2, -1)                                      # (b, k, d) each
         return cls(mean, logvar if clamp is None else logvar.clamp(*clamp))
 
@@ -46,11 +46,11 @@ class DiagonalGaussian:
         self,
         generator: torch.Generator | ShardedRandom | None = None,  # source of randomness; the noise is drawn on its device
     ) -> Tensor:  # (b, k, d)
-        "A draw, through which gradients reach mean and log-variance."
+        "Reparameterised sample."
         return self.mean + self.std * draw(torch.randn, self.mean.shape, generator, self.mean.device).to(self.mean)
 
     def kl(self) -> Tensor:  # in nats, at least 0, (b,)
-        "Divergence from N(0, I), summed over the tokens and channels of each sample."
+        "KL divergence from N(0, I) of each sample, summed over tokens and channels."
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
 
 # %% ../../nbs/models/01_layers.ipynb #cd033cf6
@@ -58,7 +58,7 @@ def grid_coordinates(
     rows: int,  # of the grid
     columns: int,  # of the grid
 ) -> Tensor:  # row and column of each cell, row by row, float64, (rows * columns, 2)
-    "Where the cells of a grid are."
+    "Coordinates of grid cells."
     axes = (torch.arange(n, dtype=torch.float64, device='cpu') for n in (rows, columns))
     return torch.cartesian_prod(*axes)
 
@@ -68,7 +68,7 @@ def rope_angles(
     head_dim: int,  # width of an attention head, a multiple of 4
     theta: float = 10000.,  # base of the frequencies: the larger, the slower the slowest pair turns
 ) -> tuple[Tensor, Tensor]:  # cosines and sines, float32, (n, head_dim) each
-    "The rotary tables of places in the plane: half of a head turns with the row, half with the column."
+    "Rotary tables of 2D positions: half of a head for the row, half for the column."
     if head_dim % 4:
         raise ValueError(f"Rotary positions need a head width that is a multiple of 4, got {head_dim}.")
     m = head_dim // 2
@@ -83,7 +83,7 @@ def apply_rope(
     cos: Tensor,  # from `rope_angles`, (n, head_dim) with n <= tokens
     sin: Tensor,  # as cos
 ) -> Tensor:  # same shape and dtype as x
-    "Turns neighbouring pairs of the first n tokens; the others stay as they are."
+    "Rotate neighbouring pairs of the first n tokens."
     placed, free = x.tensor_split([len(cos)], 2)
     turn = torch.complex(cos[:, ::2].float(), sin[:, ::2].float())                # one complex number a pair
     pairs = torch.view_as_complex(placed.float().unflatten(-1, (-1, 2)))
@@ -91,7 +91,7 @@ def apply_rope(
 
 # %% ../../nbs/models/01_layers.ipynb #5982b395
 class RotaryTables(nn.Module):
-    "Holds the rotary tables of one grid, and makes those of another when asked for it."
+    "Rotary tables of a grid, remade when the grid changes."
     def __init__(
         self,
         head_dim: int,  # width of an attention head, a multiple of 4
@@ -106,7 +106,7 @@ class RotaryTables(nn.Module):
 
     @torch.inference_mode(False)  # tables made while sampling must serve training, too
     def make(self, rows: int, columns: int, device: torch.device | None):
-        "Makes and keeps the tables of a grid."
+        "Compute the tables of a grid."
         tables = rope_angles(self.coordinates(rows, columns), self.head_dim, self.theta)
         for name, table in zip(('cos', 'sin'), tables):
             self.register_buffer(name, table.to(device), persistent=False)
@@ -149,7 +149,7 @@ class Attention(nn.Module):
 
 # %% ../../nbs/models/01_layers.ipynb #4b266a4d
 class SwiGLU(nn.Module):
-    "Gated feed-forward layer: one half of the hidden channels opens the other."
+    "Gated feed-forward layer with SiLU."
     def __init__(
         self,
         width: int,  # of a token
@@ -206,7 +206,7 @@ def timestep_features(
     dim: int = 256,  # of the result, even
     max_period: float = 10000.,  # frequencies run from 1 to almost 1 / max_period
 ) -> Tensor:  # cosines, then sines, float32, (b, dim)
-    "A time as waves of many lengths."
+    "Sinusoidal features of the time."
     half = dim // 2
     frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = t.float()[:, None] * frequencies                                    # (b, dim / 2)
@@ -214,7 +214,7 @@ def timestep_features(
 
 
 class TimeEmbedding(nn.Module):
-    "Time as a vector, to which other conditions may be added."
+    "Sinusoidal time embedding followed by an MLP."
     def __init__(
         self,
         width: int,  # of the result
@@ -235,7 +235,7 @@ def sinusoid_positions(
     n: int,  # number of tokens
     width: int,  # of a token, even
 ) -> Tensor:  # sines, then cosines, float32, (n, width)
-    "The fixed positions of the flow's tokens."
+    "Fixed sinusoidal position embedding."
     frequencies = 10000. ** (-torch.arange(width // 2, dtype=torch.float64, device='cpu') / (width // 2))
     angles = torch.arange(n, dtype=torch.float64, device='cpu')[:, None] * frequencies         # (n, width / 2)
     return torch.cat([angles.sin(), angles.cos()], 1).float().to(torch.get_default_device())

@@ -158,7 +158,7 @@ def load_clip(
     tower: nn.Module,  # of `clip_tower`, filled in place
     pretrained: str | Path,  # as `find_clip`
 ):
-    "Fills a text tower from a CLIP checkpoint; the image half is left out."
+    "Load the text tower of a CLIP checkpoint."
     import open_clip
     from safetensors import SafetensorError
     path, unused = find_clip(pretrained), ('visual.', 'logit_scale', 'text_projection')

@@ -23,7 +23,7 @@ def cut_patches(
     images: Tensor,  # (b, 3, h, w), h and w multiples of patch_size
     patch_size: int,  # in pixels
 ) -> Tensor:  # patches row by row, each as (colour, row, column): (b, n, 3 * patch_size**2)
-    "Cuts images into square patches."
+    "Split images into patches."
     b, _, h, w = images.shape
     rows, columns = h // patch_size, w // patch_size
     x = images.reshape(b, 3, rows, patch_size, columns, patch_size)
@@ -35,7 +35,7 @@ def join_patches(
     rows: int,  # of patches
     columns: int,  # of patches
 ) -> Tensor:  # (b, 3, h, w)
-    "Lays patches side by side."
+    "Join patches to images."
     p = math.isqrt(patches.shape[2] // 3)
     x = patches.view(-1, rows, columns, p, p, 3).permute(0, 5, 1, 3, 2, 4)       # (b, 3, rows, p, columns, p)
     return x.reshape(-1, 3, rows * p, columns * p)
@@ -44,12 +44,12 @@ def join_patches(
 def token_parameter(
     *shape: int,  # of the parameter, the width last
 ) -> nn.Parameter:  # N(0, 1) / sqrt(width)
-    "A parameter that is a token or added to tokens."
+    "Token parameter, N(0, 1) / sqrt(width)."
     return nn.Parameter(torch.randn(shape) * shape[-1]**-0.5)
 
 # %% ../../nbs/models/02_tokenizer.ipynb #8903955d
 class GridPositions(nn.Module):
-    "Tells the tokens of patches where they are, by rotary tables or by learned vectors."
+    "Positional encoding of the patch tokens, rotary or learned."
     def __init__(
         self,
         config: TokenizerConfig,  # kind of positions, and the grid
@@ -84,7 +84,7 @@ def anchored_coordinates(
     columns: int,  # of patches
     side: int,  # latent tokens along a side
 ) -> Tensor:  # places of the patches, then of the latent tokens, (rows * columns + side**2, 2)
-    "Where patches and anchored latent tokens are: each latent token in the middle of its cell."
+    "Coordinates of patches and anchored latent tokens."
     cell = torch.tensor([rows, columns], dtype=torch.float64, device='cpu') / side   # patches along its sides
     return torch.cat([grid_coordinates(rows, columns), (grid_coordinates(side, side) + 0.5) * cell - 0.5])
 
@@ -101,12 +101,12 @@ def cell_means(
 
 # %% ../../nbs/models/02_tokenizer.ipynb #4562af65
 def make_blocks(config: TokenizerConfig, width: int, depth: int, heads: int) -> nn.ModuleList:
-    "The transformer of one side: SwiGLU with rotary positions, GELU with learned ones."
+    "Transformer blocks of encoder or decoder."
     return nn.ModuleList(Block(width, heads, 'swiglu' if config.positions == 'rope' else 'gelu') for _ in range(depth))
 
 
 class Encoder(nn.Module):
-    "ViT that reads an image into its latent tokens."
+    "ViT encoder: image to latent tokens."
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         w, p = config.encoder_width, config.patch_size
@@ -139,7 +139,7 @@ class Encoder(nn.Module):
 
 # %% ../../nbs/models/02_tokenizer.ipynb #e05d1f6b
 class Decoder(nn.Module):
-    "ViT that draws an image from its tokens, and from the caption where there is one."
+    "ViT decoder: latent tokens, and text features if given, to an image."
     def __init__(
         self,
         config: TokenizerConfig,
@@ -179,7 +179,7 @@ class Decoder(nn.Module):
 def init_anchored(
     tokenizer: nn.Module,  # an ImageTokenizer with anchored tokens, changed in place
 ):
-    "Starts where attention is local and the tokens already say something."
+    "Initialise anchored tokens with local attention."
     encoder, decoder, c = tokenizer.encoder, tokenizer.decoder, tokenizer.config
     for side, width in ((encoder, c.encoder_width), (decoder, c.decoder_width)):
         for layer in side.modules():
@@ -204,7 +204,7 @@ def init_anchored(
 def init_weights(
     tokenizer: nn.Module,  # an ImageTokenizer, changed in place
 ):
-    "Draws new weights for the linear layers and convolutions."
+    "Initialise linear layers and convolutions."
     for layer in tokenizer.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -215,18 +215,18 @@ def init_weights(
 
 # %% ../../nbs/models/02_tokenizer.ipynb #88fd0429
 class TokenScale(nn.Module):
-    "The two sets of numbers that a tokenizer and the flow must agree on."
+    "Per-channel mean and scale between tokenizer and flow."
     def __init__(self, token_dim: int, scale: float):
         super().__init__()
         self.register_buffer('token_mean', torch.zeros(token_dim))
         self.register_buffer('token_scale', torch.full((token_dim,), scale))
 
     def to_flow(self, tokens: Tensor) -> Tensor:  # (b, k, d) -> (b, k, d)
-        "Tokens as the flow sees them."
+        "Normalise tokens for the flow."
         return (tokens - self.token_mean) * self.token_scale
 
     def from_flow(self, tokens: Tensor) -> Tensor:  # (b, k, d) -> (b, k, d)
-        "Tokens of the flow as the decoder wants them."
+        "Undo `to_flow`."
         return tokens / self.token_scale + self.token_mean
 
     @torch.no_grad()
@@ -234,7 +234,7 @@ class TokenScale(nn.Module):
         self,
         tokens: Tensor,  # of many images, (n, k, d)
     ):
-        "From now on the flow sees every channel with mean 0 and standard deviation 1."
+        "Set mean and scale so that every channel has mean 0 and standard deviation 1."
         std, mean = torch.std_mean(tokens.float(), (0, 1))                       # (d,)
         if not (std > 0).all():
             raise ValueError(f"Every channel of the tokens must vary, got the standard deviations {std.tolist()}.")
@@ -247,7 +247,7 @@ def check_array(
     given: Tensor,  # the array
     *wanted: int | str,  # its shape after the batch axis, a letter where any length will do
 ):
-    "Refuses arrays of another shape, and whole numbers."
+    "Validate shape and data type of a tensor."
     shape = tuple(given.shape)
     fits = len(shape) == len(wanted) + 1 and all(isinstance(w, str) or w == n for w, n in zip(wanted, shape[1:]))
     if not fits or not given.is_floating_point():
@@ -256,13 +256,13 @@ def check_array(
 
 
 def check_sizes(sizes: tuple[int, int], unit: int):
-    "Refuses images that cannot be cut into patches."
+    "Validate height and width of images."
     if min(sizes) < unit or any(n % unit for n in sizes):
         raise ValueError(f"Height and width of a picture must be multiples of {unit}, got {tuple(sizes)}.")
 
 # %% ../../nbs/models/02_tokenizer.ipynb #ff602fc1
 class ImageTokenizer(TokenScale):
-    "Turns images into tokens and tokens into images."
+    "Image tokenizer (paper, section 3.2): images to 77 x 16 tokens and back."
     def __init__(
         self,
         config: FlowTokConfig,  # its tokenizer, and the length and width of its text
@@ -278,7 +278,7 @@ class ImageTokenizer(TokenScale):
         self,
         images: Tensor,  # (b, 3, h, w) in [0, 1], h and w multiples of the patch size
     ) -> DiagonalGaussian:  # over tokens, (b, k, d), its log-variance in [-30, 20]
-        "The distribution of the tokens of images."
+        "Encode images to a distribution over tokens."
         check_array('Images in [0, 1]', images, 3, 'h', 'w')
         check_sizes(images.shape[2:], self.config.patch_size * self.encoder.cells)
         return DiagonalGaussian.from_moments(self.encoder(images, self.latent_tokens), (-30., 20.))
@@ -289,7 +289,7 @@ class ImageTokenizer(TokenScale):
         text_features: Tensor | None = None,  # of captions, (b, n, c); None: from the tokens alone
         size: tuple[int, int] | None = None,  # height and width of the images, None for those of the config
     ) -> Tensor:  # (b, 3, h, w); in [0, 1] in eval mode, as drawn, about [0, 1], in training mode
-        "Images from tokens."
+        "Decode tokens to images."
         c, size = self.config, size or (self.config.image_size,) * 2
         check_array('Tokens', tokens, c.num_tokens, c.token_dim)
         check_sizes(size, c.patch_size)

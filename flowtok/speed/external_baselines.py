@@ -55,7 +55,7 @@ peers = {peer.method: peer for peer in (
 
 # %% ../../nbs/speed/04_external_baselines.ipynb #f7eb09c2
 def shrink(size: dict | FlowTokConfig) -> dict | FlowTokConfig:
-    "The same architecture with few channels."
+    "Reduce the channels of an architecture."
     if isinstance(size, FlowTokConfig):
         tokens = replace(size.tokenizer, encoder_width=64, encoder_depth=1, encoder_heads=4, decoder_width=64, decoder_depth=1,
                          decoder_heads=4)
@@ -71,7 +71,7 @@ def shrink(size: dict | FlowTokConfig) -> dict | FlowTokConfig:
 # %% ../../nbs/speed/04_external_baselines.ipynb #bb7e3e35
 @dataclass
 class Timed:
-    "A model as the clock sees it."
+    "A model prepared for timing."
     params: int  # of the network, without decoder and text encoder
     evaluate: Callable[[int], Tensor]  # one evaluation for so many samples
     decode: Callable[[int], Tensor]  # pixels for so many
@@ -168,7 +168,7 @@ def ready(
     pipe: FlowTokPipeline,
     device: str,
 ) -> FlowTokPipeline:  # itself
-    "In the precision that a device is timed in: fp16 blocks on a GPU."
+    "Cast to the precision that is timed: fp16 blocks on a GPU."
     return pipe if device == 'cpu' else pipe.optimize('fp16')
 
 # %% ../../nbs/speed/04_external_baselines.ipynb #8bfa16b0

@@ -39,7 +39,7 @@ def plain_attention(layer: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor] | N
 
 
 def turned(x: Tensor) -> Tensor:
-    "Neighbouring pairs turned by a quarter."
+    "Rotate neighbouring pairs by 90 degrees."
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([-b, a], -1).flatten(-2)
 
@@ -81,7 +81,7 @@ def plain_generate(
     noise: Tensor,  # (b, n, d)
     decode: bool = True,  # False: the tokens
 ) -> Tensor:  # (b, 3, h, w) in [0, 1]
-    "Images from captions, without any thought of speed."
+    "Generate images, reference implementation."
     model, how = pipe.text_to_image, pipe.config.sampling
     features = pipe.text_encoder(pipe.text_encoder.tokenize(prompts).to(pipe.device))
     start = model.project(features)
@@ -112,7 +112,7 @@ def plain_training(
     stage: Stage,  # that learns
     batch: tuple[Tensor, Tensor],  # as the stage takes it, always the same
 ) -> Callable:  # ShardedRandom -> loss
-    "A step of the plain loop."
+    "Training step, reference implementation."
     r, learned = stage.run.recipe, [p for p in stage.trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=r.learning_rate, betas=r.betas, weight_decay=r.weight_decay)
     mean = [p.detach().clone() for p in learned]

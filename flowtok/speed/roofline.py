@@ -24,7 +24,7 @@ from ..models.fast import has_onednn
 # %% ../../nbs/speed/01_roofline.ipynb #90cde385
 @dataclass(frozen=True)
 class Cost:
-    "What one evaluation costs."
+    "FLOPs and weights of one evaluation."
     operations: float  # for each sample
     weights: float  # numbers that are read once for the batch
 
@@ -49,7 +49,7 @@ def linear_cost(n: int, *widths: int) -> Cost:  # n tokens through layers of the
 
 # %% ../../nbs/speed/01_roofline.ipynb #06ea91e4
 def stage_costs(config: FlowTokConfig) -> dict[str, Cost]:  # network -> one evaluation of it
-    "The cost of every network, forwards."
+    "Cost of a forward pass of every network."
     tokens, text, w, depth = config.tokenizer, config.text, config.flow.width, config.flow.depth
     k, n, d, p = tokens.num_tokens, text.length, tokens.token_dim, (tokens.image_size // tokens.patch_size)**2
     c, enc, dec, pixels = text.width, tokens.encoder_width, tokens.decoder_width, 3 * tokens.patch_size**2
@@ -109,7 +109,7 @@ def seconds(
     call: Callable,  # without arguments
     device: torch.device,
 ) -> float:
-    "How long a call takes, until its device is done."
+    "Wall time of a call, synchronised."
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
     began = time.perf_counter()
@@ -125,7 +125,7 @@ def time_interleaved(
     repeats: int = 5,  # of each
     warm_up: int = 1,  # calls of each before the clock runs
 ) -> dict[str, list[float]]:  # name -> seconds, in the order in which they were measured
-    "Times of several versions, taken in turn."
+    "Interleaved timing of several versions."
     for call in list(calls.values()) * warm_up:
         call()
     found = {name: [] for name in calls}
@@ -140,7 +140,7 @@ def measure_ceilings(
     size: int = 0,  # of the square matrices, 0 for what suits the device
     repeats: int = 8,
 ) -> dict[str, float]:  # number format -> operations a second; 'copy' -> bytes a second
-    "What the machine does at best."
+    "Peak matmul throughput and copy bandwidth."
     size, cuda = size or (8192 if device.type == 'cuda' else 2048), device.type == 'cuda'
     x, found = torch.randn(size, size, device=device), {}
     with torch.no_grad():
@@ -165,7 +165,7 @@ def floor(
     ceilings: dict[str, float],
     precision: str = 'fp32',
 ) -> float:  # seconds
-    "The least time of an evaluation: of its arithmetic or of reading its weights, whichever takes longer."
+    "Roofline time of an evaluation: the larger of compute and weight traffic."
     width = 4 if precision == 'fp32' else 2
     return max(samples * cost.operations / ceilings[precision], width * cost.weights / ceilings['copy'])
 
@@ -180,7 +180,7 @@ def peak_memory(
     call: Callable,  # without arguments
     device: torch.device,
 ) -> float | None:  # megabytes beyond those in use, None where nobody counts them
-    "The memory that a call needs at its highest."
+    "Peak memory of a call."
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -40,7 +40,7 @@ from ..training.optim import Ema, cpu_has_bf16, make_optimizers, train_step
 # %% ../../nbs/speed/03_throughput.ipynb #1d33308e
 @dataclass(frozen=True)
 class Comparison:
-    "What was measured of several versions, the first being the reference."
+    "Times, differences and memory of several versions; the first is the reference."
     times: dict[str, list[float]]  # version, its last word the precision -> seconds
     differences: dict[str, float]  # of the others from the reference, relative
     memory: dict[str, float | None]  # megabytes at the highest, None where nobody counts them
@@ -88,7 +88,7 @@ def some_prompts(config: FlowTokConfig, n: int) -> list[str]:
 
 
 def draw(pipe: FlowTokPipeline, n: int, steps: int, guidance_scale: float = 2.) -> Tensor:  # (n, 3, h, w)
-    "The same images whenever it is called."
+    "Generate images with fixed noise."
     return pipe(some_prompts(pipe.config, n), steps, guidance_scale, make_noise(pipe, n)[1], 'pt', batch_size=n, guidance_interval=(0., 1.))
 
 
@@ -100,7 +100,7 @@ def compare_sampling(
     repeats: int = 3,
     half: bool = True,  # also in bf16, where the device multiplies in it
 ) -> Comparison:  # straightforward fp32, pipeline fp32, optimised fp32, optimised bf16
-    "The straightforward version and the pipeline, in turn, with the same noise."
+    "Time reference and pipeline, interleaved, with the same noise."
     prompts, noise = some_prompts(pipe.config, batch_size), make_noise(pipe, batch_size)[0]
     pipes = {'pipeline fp32': pipe, 'optimised fp32': copy.deepcopy(pipe).optimize()}
     if half and (pipe.device.type == 'cuda' or cpu_has_bf16()):
@@ -142,7 +142,7 @@ def stage_rows(
     precision: str = 'fp32',  # in which the blocks are; the text side is always fp32
     repeats: int = 3,
 ) -> list[dict]:  # a row of a table for each stage
-    "Time and share of the ceiling of each stage of an image."
+    "Time and share of peak throughput of each network."
     k, d = pipe.config.tokenizer.num_tokens, pipe.config.tokenizer.token_dim
     ids = pipe.text_encoder.tokenize(some_prompts(pipe.config, batch_size)).to(pipe.device)
     features, x = pipe.text_encoder(ids), torch.randn(batch_size, k, d, device=pipe.device)
@@ -279,7 +279,7 @@ def break_even(
     eager: float,  # seconds an image without it
     compiled: float,  # seconds an image with it
 ) -> int | str:
-    "From how many images on compiling takes less time than it saves."
+    "Break-even number of images of compilation."
     return math.ceil(compiling / (eager - compiled)) if compiled < eager else 'never here'
 
 
@@ -290,7 +290,7 @@ def compile_row(
     precision: str = 'fp32',  # of its blocks
     repeats: int = 5,
 ) -> dict:
-    "What torch.compile takes and saves."
+    "Cost and gain of torch.compile."
     row = {'model': pipe.config.name, 'precision': precision, 'pictures a call': batch_size}
     with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=empty),
           warnings.catch_warnings()):

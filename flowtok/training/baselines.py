@@ -31,7 +31,7 @@ from .optim import Ema, cpu_has_bf16, make_optimizers, learning_rate_factor, see
 
 # %% ../../nbs/training/06_baselines.ipynb #08864ea7
 class CrossAttention(nn.Module):
-    "The image's tokens listen to the text's."
+    "Cross-attention from image tokens to text tokens."
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -41,7 +41,7 @@ class CrossAttention(nn.Module):
         self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
 
     def listen(self, text: Tensor) -> Tensor:  # (b, n, w) -> keys and values, (2, b, heads, n, w / heads)
-        "What does not depend on the image."
+        "Keys and values of the text tokens."
         return self.kv(text).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def forward(
@@ -68,7 +68,7 @@ class CrossBlock(ModulatedBlock):
 
 # %% ../../nbs/training/06_baselines.ipynb #9d7c623e
 def initialize_as_dit(module: nn.Module):
-    "The first weights of a DiT, for a network of the same parts."
+    "Initialise as DiT."
     for layer in (layer for layer in module.modules() if isinstance(layer, nn.Linear)):
         nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(layer.bias)
@@ -79,7 +79,7 @@ def initialize_as_dit(module: nn.Module):
 
 # %% ../../nbs/training/06_baselines.ipynb #5e1d8436
 class Conditioned(nn.Module):
-    "Noise to image, with the text as a condition."
+    "Text-conditional flow from noise: cross-attention or concatenation."
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Conditioned(nn.Module):
             nn.init.zeros_(branch.weight)
 
     def read(self, features: Tensor, indicator: Tensor) -> Tensor | list[Tensor]:  # (b, n, c), (b,) -> tokens (b, n, w), or each block's `listen`
-        "The text as the blocks see it, empty where the indicator is 1: the same at all times."
+        "Text features of the blocks; null where the indicator is 1."
         x = torch.where(indicator.bool()[:, None, None], self.null.to(features.dtype), features)
         for layer in self.layers:
             x = layer(x)
@@ -113,7 +113,7 @@ class Conditioned(nn.Module):
         return [block.cross.listen(text) for block in self.blocks] if self.kind == 'cross' else text
 
     def move(self, x: Tensor, t: Tensor, read: Tensor | list[Tensor]) -> Tensor:  # (b, k, d), (b,) -> (b, k, d)
-        "Where the tokens are going, with a text that has been read."
+        "Velocity given text features of `read`."
         k = x.shape[1]
         h, c = self.embed(x) + self.positions[:k], self.time(t)
         if self.kind == 'concat':
@@ -123,7 +123,7 @@ class Conditioned(nn.Module):
         return self.final(h[:, :k], c)
 
     def velocity(self, x: Tensor, t: Tensor, indicator: Tensor, features: Tensor) -> Tensor:
-        "Where the tokens are going, (b, k, d)."
+        "Velocity, (b, k, d)."
         return self.move(x, t, self.read(features, indicator))
 
 # %% ../../nbs/training/06_baselines.ipynb #54ddb0c3
@@ -156,7 +156,7 @@ class Source2d(nn.Module):
         return self.spread(self.alignment(features))
 
     def velocity(self, x: Tensor, t: Tensor, indicator: Tensor) -> Tensor:
-        "Where the cells are going."
+        "Velocity of the cells."
         return self.dit(x, t, indicator)
 
 
@@ -179,12 +179,12 @@ KINDS = 'source', 'source KL', 'cross', 'concat', 'source 2d'
 
 
 def parameters_of(module: nn.Module) -> int:
-    "How many numbers a module learns."
+    "Number of trainable parameters."
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def build_network(config: FlowTokConfig, kind: str) -> nn.Module:
-    "The network of a kind, at the width of the config."
+    "Build the network of a baseline."
     if kind not in KINDS:
         raise ValueError(f"Baseline {kind!r} is unknown: choose one of {', '.join(KINDS)}.")
     if kind == 'source KL':                                                      # the paper's source, whatever the config's
@@ -197,7 +197,7 @@ def match(
     kind: str,  # one of KINDS
     wanted: int,  # parameters
 ) -> FlowTokConfig:  # the same with another width of the flow
-    "The config at whose width a baseline has as many parameters as another."
+    "Config whose width matches a parameter count."
     step, best = 2 * config.flow.heads, None
     for width in range(step, 2 * config.flow.width, step):
         tried = replace(config, flow=replace(config.flow, width=width))
@@ -213,7 +213,7 @@ def match(
 # %% ../../nbs/training/06_baselines.ipynb #f18efeca
 @dataclass
 class Baseline:
-    "A network, what it is trained with, and how it is sampled."
+    "A baseline: network, objective, sampling."
     kind: str  # one of KINDS
     network: nn.Module
     objective: ObjectiveConfig  # times, indicator, and for a source KL and alignment
@@ -270,7 +270,7 @@ def formats_of(
     recipe: Recipe,
     device: torch.device,
 ):  # a context
-    "The number format in which the networks of a recipe compute."
+    "Autocast context of a recipe."
     fast = recipe.precision == 'bf16' and (device.type != 'cpu' or cpu_has_bf16())
     return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
 
@@ -280,7 +280,7 @@ def step_memory(
     step: Callable[[], Tensor],  # the loss of a batch
     recipe: Recipe,  # precision and optimizer
 ) -> float:  # megabytes
-    "What a training step holds at its peak."
+    "Peak memory of a training step."
     device = next(network.parameters()).device
     size = lambda tensors: sum(p.numel() * p.element_size() for p in tensors)
     learned = size(p for p in network.parameters() if p.requires_grad)
@@ -347,7 +347,7 @@ def seconds_to(
     curve: list[dict],  # 'seconds' and 'right (%)', rising in time
     quality: float,  # percent
 ) -> float | None:  # None where it was not reached
-    "When a training first reached a quality, on straight lines between the looks."
+    "Training time to a quality, by linear interpolation."
     s0, r0 = 0., 0.
     for point in curve:
         s1, r1 = point['seconds'], point['right (%)']

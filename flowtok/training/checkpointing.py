@@ -65,7 +65,7 @@ def newest_state(
 
 # %% ../../nbs/training/03_checkpointing.ipynb #a3613d3f
 def all_gather_object(value) -> list:  # the values of all processes, in order
-    "Let every process know what each of them has."
+    "torch.distributed.all_gather_object, also for one process."
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values = [None] * dist.get_world_size()
@@ -74,7 +74,7 @@ def all_gather_object(value) -> list:  # the values of all processes, in order
 
 
 def training_state(stage: Stage, ema: Ema, optimizers, critics, batches, accelerator, step: int) -> dict:
-    "All that the next step depends on, gathered from all processes; complete in the first one."
+    "State of a checkpoint, gathered from all processes; empty in all but the first."
     for optimizer in optimizers:                                           # accelerate's, around the real one
         if hasattr(optimizer.optimizer, 'consolidate_state_dict'):
             optimizer.optimizer.consolidate_state_dict()
@@ -87,7 +87,7 @@ def training_state(stage: Stage, ema: Ema, optimizers, critics, batches, acceler
 
 
 def restore(state: dict, stage: Stage, ema: Ema, optimizers):
-    "Go back to a checkpoint."
+    "Restore a checkpoint."
     stage.trained.load_state_dict(state['weights'])
     for mean, saved in zip(ema.mean, state['mean']):
         mean.copy_(saved)
@@ -110,7 +110,7 @@ class Stopped(SystemExit):
 
 
 class GracefulStop:
-    "Inside, SIGTERM and Ctrl-C are noted instead of obeyed."
+    "Context that records SIGTERM and SIGINT instead of exiting."
 
     def __enter__(self):
         self.signal, self.before = 0, {}
@@ -230,7 +230,7 @@ def progress_line(
     run: Run,
     events: list[dict],  # lines of the log so far
 ) -> str:
-    "Where a stage is, and how long it will take."
+    "Progress and remaining time of a stage."
     timed = [event for event in events if 'seconds' in event]
     if len(timed) < 2:
         return f'{run.stage}: starting'

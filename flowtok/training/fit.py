@@ -74,7 +74,7 @@ class Batches:
 
 # %% ../../nbs/training/04_fit.ipynb #24506507
 def setup(run: Run):  # accelerator, stage
-    "Check what the stage needs, then build it: the same first weights in every process."
+    "Build accelerator and stage; the same initial weights in every process."
     from accelerate import Accelerator, DistributedDataParallelKwargs
     run.folder.mkdir(parents=True, exist_ok=True)
     if run.tensorboard and find_spec('tensorboard') is None:
@@ -110,7 +110,7 @@ def setup(run: Run):  # accelerator, stage
 # %% ../../nbs/training/04_fit.ipynb #edde91f5
 @torch.no_grad()
 def finish(run: Run, stage: Stage, ema: Ema, device: torch.device):
-    "Leave the averaged weights, and the sizes they belong to; the checkpoints are not needed any more."
+    "Save averaged weights and config, remove the checkpoints."
     stage.eval()
     with ema.applied():
         if run.stage == 'tokenizer' and run.recipe.whiten:
@@ -269,13 +269,13 @@ def cache_tokens(
 
 # %% ../../nbs/training/04_fit.ipynb #650a302f
 def processes():
-    "The processes that work together, as accelerate knows them."
+    "accelerate's PartialState."
     from accelerate import PartialState
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))    # shares of a cache may differ by hours
 
 
 def prepare(run: Run):
-    "See to it that a flow finds its tokens, each process encoding its share."
+    "Encode the token cache of a flow, shared by all processes."
     if run.stage in stages[2:]:
         state = processes()
         cache_tokens(run, iter, state.process_index, state.num_processes)

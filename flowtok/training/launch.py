@@ -35,7 +35,7 @@ def launch(
     processes: int = 0,  # 0 for `default_processes`
     stages_at_once: int = 1,  # that share the cores of this machine; with more than one, None comes in idle moments
 ) -> Iterator[dict | None]:  # the lines of the log, as they come; RuntimeError with the end of the error output
-    "Train a stage in fresh processes and yield what it logs."
+    "Train a stage in new processes and yield the lines of its log."
     processes = processes or default_processes(run)
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / 'run.json').write_text(to_json(run))
@@ -68,7 +68,7 @@ def follow(
     old: int | None,  # inode of the file that an earlier run left, not to be read
     idle: bool = False,  # yield None when there is nothing new, not only wait
 ) -> Iterator[dict | None]:
-    "The lines of a log as they are written, from its first one, until the process ends."
+    "Follow a log until the process ends."
     running, position = True, 0
     while running:
         running = process.poll() is None
@@ -87,7 +87,7 @@ def follow(
 def training_seconds(
     log: Path,  # log.jsonl of a stage
 ) -> float:  # seconds of training, all stretches together
-    "How long a stage has trained."
+    "Training time of a stage."
     total, last = 0., 0.
     for event in map(json.loads, log.read_text().splitlines()):
         now = event.get('seconds', last)

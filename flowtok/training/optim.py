@@ -78,7 +78,7 @@ def learning_rate_factor(
     step: int,  # from 0
     recipe: Recipe,  # warm-up, schedule, steps
 ) -> float:  # share of the highest learning rate
-    "The learning rate's course."
+    "Learning rate as a share of its maximum."
     warm = min(1., step / recipe.warmup) if recipe.warmup else 1.
     if recipe.schedule == 'constant':
         return warm
@@ -105,7 +105,7 @@ def make_optimizers(
 
 # %% ../../nbs/training/02_optim.ipynb #01aa8833
 class Ema:
-    "The exponential average of a module's learned weights."
+    "Exponential moving average of trainable parameters."
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Ema:
 
     @contextmanager
     def applied(self):
-        "Inside, the module has the averaged weights."
+        "Context in which the module has the averaged weights."
         for p, mean in zip(self.live, self.mean):
             p.data, mean.data = mean.data, p.data
         try:
@@ -136,7 +136,7 @@ class Ema:
 def seed_of(
     *numbers: int,  # at least 0: seed, step, rank ...
 ) -> int:  # below 2**32
-    "One seed out of several numbers, another for other numbers."
+    "Hash several integers to a seed."
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -149,7 +149,7 @@ class StepSeeds:
         self.share = ShardedRandom(torch.Generator(device), self.rank, n, None if device.type == 'cpu' else torch.Generator())
 
     def of_step(self, step: int) -> ShardedRandom:
-        "The share of this step's random numbers."
+        "Random numbers of a step."
         torch.manual_seed(seed_of(self.seed, 1, step, self.rank))
         for generator in filter(None, (self.share.generator, self.share.host)):
             generator.manual_seed(seed_of(self.seed, 2, step))
@@ -161,7 +161,7 @@ def step_if_finite(
     accelerator,  # accelerate.Accelerator
     optimizer,  # prepared
 ):
-    "A step of an optimiser, or none; a fused one is told on the device, and nobody waits for the answer."
+    "Skip the optimiser step on non-finite gradients, without a host sync when fused."
     inner = getattr(optimizer, 'optimizer', optimizer)
     if accelerator.scaler is None and inner.defaults.get('fused'):
         inner.found_inf = broken
@@ -171,7 +171,7 @@ def step_if_finite(
 
 
 class Critics:
-    "What judges the tokenizer's images, and how it learns itself."
+    "Discriminator and perceptual networks in training."
 
     def __init__(
         self,
@@ -198,7 +198,7 @@ class Critics:
             self.judge, self.optimizer = accelerator.prepare(self.of.adversary, optimizer)
 
     def learn(self, accelerator, images: Tensor, decoded: Tensor, broken: Tensor) -> dict[str, Tensor]:  # for the log
-        "One step of the discriminator, unless the tokenizer's was left out."
+        "One optimiser step of the discriminator, skipped with the tokenizer's."
         terms = self.judge(images, decoded)
         accelerator.backward(total(terms, self.of.adversary_weights))
         norm = accelerator.clip_grad_norm_(self.judge.parameters(), 1.)
@@ -207,7 +207,7 @@ class Critics:
         return {name: term.detach() for name, term in terms.items()}
 
     def state(self) -> dict:
-        "What the next step of the critics depends on."
+        "State for a checkpoint."
         return {'weights': self.of.state_dict(), 'optimizer': self.optimizer.state_dict()} if self.judge is not None else {}
 
 # %% ../../nbs/training/02_optim.ipynb #a30c71a4

@@ -31,13 +31,13 @@ def weights_file(
     out: str | Path,  # folder of a training, or of a saved pipeline
     stage: str,  # whose weights
 ) -> Path:
-    "The file that holds the weights of a stage."
+    "Weight file of a stage."
     return Path(out) / f'{stage}.safetensors'
 
 
 @dataclass(frozen=True)
 class Run:
-    "One stage to train: everything that decides the result, and how it is watched."
+    "Training run of one stage."
     stage: str  # one of flowtok.config.stages
     config: FlowTokConfig  # sizes
     recipe: Recipe  # how
@@ -76,7 +76,7 @@ def vocabulary_for(
     data: str | Path,  # as flowtok.data.mixture.find_sources takes it
     *folders: str | Path,  # of trainings that this one goes on with; '' for none
 ) -> tuple[str, ...]:  # at most 4,000
-    "The words that the small text encoder is to know: those it has learned already, or those that the data uses most."
+    "Vocabulary of the small text encoder: that of earlier training, or the most frequent words."
     for folder in folders:
         if folder and (Path(folder) / 'config.json').exists():
             return from_json((Path(folder) / 'config.json').read_text(), FlowTokConfig).text.vocabulary
@@ -115,7 +115,7 @@ def plan(
     words: tuple = (),  # tiny: that its text encoder knows, as `vocabulary_for`; empty for those of the embedded scenes
     **watching,  # seed, clip, init, keep, workers, compile, memory_budget, tensorboard of Run
 ) -> Run:
-    "The run of a stage at a scale."
+    "Build the run of a stage."
     if scale not in ('smoke', *presets):
         raise ValueError(f"Scale {scale!r} is unknown: choose one of smoke, {', '.join(presets)}.")
     smoke = scale == 'smoke'
@@ -139,7 +139,7 @@ def earlier_weights(
     run: Run,
     stage: str,  # that had to come first
 ) -> Path:
-    "The weights that an earlier stage left here, copied from the training that this one starts from if need be."
+    "Weights of an earlier stage, copied from `init` if necessary."
     file, there = weights_file(run.out, stage), weights_file(run.init, stage)
     if run.init and there.exists() and not file.exists():      # the folder is to be a pipeline in the end
         with atomic_path(file) as part:
@@ -148,7 +148,7 @@ def earlier_weights(
 
 # %% ../../nbs/training/01_tasks.ipynb #8c6936ea
 class Stage(nn.Module):
-    "What the four stages share: the frozen text encoder, and access to earlier stages."
+    "Base class of the stages: frozen text encoder, weights of earlier stages."
 
     def __init__(self, run: Run):
         super().__init__()
@@ -158,11 +158,11 @@ class Stage(nn.Module):
             self.text_encoder = text_encoder(run.config.text, run.clip or None).eval().requires_grad_(False)
 
     def earlier(self, module: nn.Module, stage: str) -> nn.Module:  # frozen
-        "A module with the weights that an earlier stage left, here or in the training that this one starts from."
+        "Load the frozen weights of an earlier stage."
         return load_weights(module, earlier_weights(self.run, stage)).eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> 'Stage':
-        "What learns goes into training, what is frozen answers as in use."
+        "Keep frozen submodules in eval mode."
         super().train(mode)
         for part in self.children():
             part.train(mode and any(p.requires_grad for p in part.parameters()))
@@ -175,11 +175,11 @@ class Stage(nn.Module):
 
     @property
     def reader(self):
-        "How a sample of the data becomes an image and a caption."
+        "Reader of images and captions."
         return ImageReader(self.run.config.tokenizer.image_size, augment=self.run.recipe.augment, words=self.words)
 
     def first(self, x):
-        "Images, uint8 (b, h, w, 3), as the networks want them, (b, 3, h, w) in [0, 1]."
+        "Preprocess uint8 images (b, h, w, 3) to (b, 3, h, w) in [0, 1]."
         return x.permute(0, 3, 1, 2).float() / 255
 
 # %% ../../nbs/training/01_tasks.ipynb #ef706830
@@ -215,7 +215,7 @@ class TextStage(Stage):
 
     @property
     def reader(self):
-        "Captions are all that this stage looks at."
+        "Reader of captions."
         return CaptionReader(self.words)
 
     def first(self, x): return x
@@ -231,7 +231,7 @@ class TextStage(Stage):
 def flow_objective(
     recipe: Recipe,  # of a flow
 ) -> ObjectiveConfig:
-    "The choices of a recipe that the flow's losses depend on."
+    "ObjectiveConfig of a recipe."
     return ObjectiveConfig(**{f.name: getattr(recipe, f.name) for f in fields(ObjectiveConfig) if hasattr(recipe, f.name)})
 
 
@@ -257,7 +257,7 @@ class FlowStage(Stage):
 
     @property
     def reader(self):
-        "How a sample of the token cache becomes moments and a caption."
+        "Reader of cached tokens and captions."
         tokens = self.run.config.tokenizer
         return TokenReader(tokens.token_dim, first=not self.from_text, num_tokens=tokens.num_tokens, words=self.words)
 
@@ -278,7 +278,7 @@ class FlowStage(Stage):
         return image_to_text_terms(self.trained, tokens, text_tokens, objective=self.objective, generator=share)
 
     def pictures(self, moments: Tensor, ids: Tensor) -> Tensor | None:  # (b, 3, h, w); None from images to text
-        "Images for captions, with the model's own way of sampling."
+        "Sample images with the default settings."
         if not self.from_text:
             return None
         start, how = self.trained.project(self.features(ids)), self.run.config.sampling
@@ -288,7 +288,7 @@ class FlowStage(Stage):
         return self.tokenizer.decode(self.tokenizer.from_flow(z))
 
     def captions(self, moments: Tensor, ids: Tensor) -> list[str] | None:  # None from text to images
-        "Captions for images, with the model's own way of sampling."
+        "Sample captions with the default settings."
         if self.from_text:
             return None
         how = self.run.config.sampling
