@@ -151,7 +151,7 @@ def picture_scores(
     bootstraps: int = 20,  # draws for the interval; 0 for none
     progress: Callable = iter,
 ) -> dict[str, dict]:  # way to resize -> fid, low, high, interval (what was drawn for it), n (generated), reference (images)
-    "FID both ways."
+    "FID with either resizing."
     found = {}
     for resize, extractor in extractors.items():
         reference = reference_statistics(cache, name, extractor, lambda: read_pictures(progress(files), size))
@@ -161,7 +161,7 @@ def picture_scores(
 
 
 def group_of(made: Generated, inside: list[int]) -> Generated:
-    "Some of the generated images."
+    "Generated images of a group."
     return Generated({resize: rows[inside] for resize, rows in made.rows.items()}, None if made.clip is None else made.clip[inside],
                      made.first[:0], 0.)
 
@@ -176,7 +176,7 @@ def summary(
     pipe: FlowTokPipeline,
     fid: dict,  # from `picture_scores`
 ) -> dict:  # what a record of COCO or MJHQ-30K holds, beside its categories
-    "The metrics of a benchmark."
+    "Metrics of a benchmark."
     n = len(next(iter(made.rows.values())))
     return {'method': method_name(pipe.config), 'params': sum(p.numel() for p in pipe.text_to_image.parameters()), 'n': n, 'fid': fid,
             'clip_score': clip_summary(made.clip), 'seconds a picture': made.seconds / n}

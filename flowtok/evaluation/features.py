@@ -57,7 +57,7 @@ INCEPTION_CURE = f'put {INCEPTION_FILE} of torch-fidelity into its checkpoint fo
 def find_inception(
     path: str = '',  # the file; '' for where torch-fidelity keeps it
 ) -> Path | None:  # None where no file was named and none is there
-    "The weights of Inception, checked."
+    "Weight file of Inception, verified by its SHA-256."
     file = Path(path or Path(torch.hub.get_dir()) / 'checkpoints' / INCEPTION_FILE)
     if not file.is_file():
         if path:
@@ -71,7 +71,7 @@ def find_inception(
 
 
 def load_inception(file: Path) -> nn.Module:
-    "The network that FID is defined with."
+    "Load the Inception network of FID."
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     return FeatureExtractorInceptionV3('inception-v3-compat', ['2048'], feature_extractor_weights_path=str(file))
 
@@ -201,7 +201,7 @@ def clip_scorer(
     device: str = 'cpu',
     activation: str = '',  # one of CLIP_ACTIVATIONS, '' for that of `clip_activation`
 ) -> Callable:  # images (b, 3, h, w) in [0, 1] and b prompts -> scores (b,)
-    "100 max(cos, 0) of each image and its caption, as a function."
+    "CLIP score of images and captions, 100 max(cos, 0), as a function."
     import open_clip
     from torchvision.transforms.v2.functional import normalize, resize
     if activation not in CLIP_ACTIVATIONS:
@@ -224,7 +224,7 @@ def clip_summary(
     scores: np.ndarray | None,  # (n,), None without weights
     model: str = CLIP_SCORE_MODEL,
 ) -> dict:  # model, mean, low, high; without weights None, and why
-    "The mean CLIP score with its 95% interval."
+    "Mean CLIP score with its 95% interval."
     if scores is None:
         return {'model': '', 'mean': None, 'low': None, 'high': None, 'why': CLIP_CURE}
     mean, half = float(scores.mean()), 1.96 * float(scores.std(ddof=1)) / len(scores) ** .5

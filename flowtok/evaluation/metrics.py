@@ -47,7 +47,7 @@ def scene_prompts(
     start: int = 0,  # seed of the first
     anywhere: float = 0.,  # share of the scenes whose things lie anywhere, in [0, 1]
 ) -> tuple[list, list[list[str]]]:  # scenes, and the five captions of each
-    "Scenes of a split with their captions: the same ones at every call."
+    "Fixed evaluation scenes of a split with their captions."
     from flowtok.data.shapes import captions, draw_scene
     scenes = {i: draw_scene(i, split, anywhere) for i in range(start, start + n)}
     return list(scenes.values()), [captions(scene, i, 5, split) for i, scene in scenes.items()]
@@ -226,7 +226,7 @@ SCORES = ('BLEU-4', 'METEOR', 'ROUGE-L', 'CIDEr', 'SPICE')
 
 
 def missing_scores() -> dict[str, str]:  # score -> why this machine cannot compute it, and the cure
-    "The caption scores that are not available here."
+    "Caption scores whose programs are missing, with the reason."
     if importlib.util.find_spec('pycocoevalcap') is None:
         return dict.fromkeys(SCORES, 'needs pycocoevalcap: pip install pycocoevalcap==1.2')
     if shutil.which('java') is None:

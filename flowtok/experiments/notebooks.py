@@ -57,7 +57,7 @@ def run_folder(
     name: str,  # what runs, usually the notebook's name
     out: str = '',  # folder asked for; a relative one counts from the repository's root
 ) -> Path:  # absolute path of a folder that can be written
-    "The folder of this run: `out`, else the folder of the notebook papermill writes, else a new one."
+    "Folder of a run: `out`, else that of the notebook papermill writes, else a new one."
     beside = os.environ.pop(RUN_FOLDER, '')
     if out:
         return check_output_folder(repository_root() / out)
@@ -81,7 +81,7 @@ def number_type(
 def describe(
     good: object,  # choices (tuple or list), a type, or Between
 ) -> str:  # for the end of the sentence "x is not ..."
-    "The good values of a parameter, in words."
+    "Describe the allowed values of a parameter."
     words = {int: 'a whole number', float: 'a number', bool: 'True or False',
              str: 'text (after -r, papermill keeps it as it is)'}
     if isinstance(good, Between):
@@ -93,7 +93,7 @@ def is_good(
     value: object,  # a parameter's value
     good: object,  # choices (tuple or list), a type, or Between
 ) -> bool:
-    "Whether a value is among the good ones; True is not a number, a whole number also counts as a float."
+    "Whether a value is allowed; an integer counts as a float, True as no number."
     if isinstance(good, Between):
         return is_good(value, number_type(good)) and good.low <= value <= good.high
     if not isinstance(good, type):

@@ -40,7 +40,7 @@ def find_repository(
 
 
 def repository_root() -> Path:  # absolute path
-    "The root of this repository, whatever the current folder is."
+    "Root of this repository."
     root = find_repository(Path.cwd()) or find_repository(Path(__file__).resolve().parent)
     if root is None:
         raise FileNotFoundError(f"no folder at or above {Path.cwd()} has a settings.ini with lib_name = flowtok: "
@@ -50,7 +50,7 @@ def repository_root() -> Path:  # absolute path
 # %% ../../nbs/experiments/01_records.ipynb #9b301f89
 @dataclass(frozen=True)
 class RunRecord:
-    "One run: what was asked, on what, with what, and what came out."
+    "Record of a run: question, parameters, data, machine, metrics, conditions."
     question: str  # the run notebook's title
     parameters: dict  # name -> value, checked, as used
     seed: int | None  # None where nothing is random
@@ -65,7 +65,7 @@ class RunRecord:
     paper: dict | None  # the paper's value and its source, where one exists
 
     def label(self) -> str:
-        "The conditions that every table has to show beside the metrics."
+        "Conditions that a table shows beside the metrics."
         stand_ins = [f'stand-in {name}' for name in self.conditions['stand_ins']]
         return ', '.join([self.conditions['scale'], *(['reduced'] if self.conditions['reduced'] else []), *stand_ins])
 
@@ -73,7 +73,7 @@ class RunRecord:
 def git_state(
     root: Path,  # a folder of the repository
 ) -> dict:  # commit and dirty, both None outside git
-    "The commit of the code, and whether tracked files differ from it."
+    "Commit, and whether tracked files differ from it."
     def git(*words):
         command = ['git', '-C', str(root), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -97,7 +97,7 @@ def library_versions() -> dict:  # package -> version, of those installed
 
 
 def hardware() -> dict:  # cpu, cores this process may use, memory_gib (None where unknown), gpus
-    "The machine, as far as it bears on a time."
+    "CPU, cores, memory and GPUs."
     cpuinfo, cpu = Path('/proc/cpuinfo'), platform.processor() or platform.machine()
     if cpuinfo.exists():
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith('model name')]
@@ -166,7 +166,7 @@ def record(
     conditions: dict,  # scale, reduced, stand_ins, and what else bears on the metrics
     paper: dict | None = None,  # the paper's value and its source, where one exists
 ) -> RunRecord:
-    "The record of a run that ends now, completed with what the machine knows; checked."
+    "Make the record of a run that ends now."
     here = find_repository(Path.cwd()) or Path(__file__).resolve().parent
     values = dict(
         question=question, parameters=parameters, seed=seed, git=git_state(here), versions=library_versions(),
@@ -194,7 +194,7 @@ def label_table(
     path: Path,  # a Markdown table
     label: str,  # of the record that it belongs to
 ):
-    "Say below a table under which conditions its numbers stand."
+    "Append the conditions of a record to a table."
     rows = [line for line in path.read_text(encoding='utf-8').splitlines() if line.startswith('|')]
     write_atomically(path, '\n'.join([*rows, '', f'{label}; [record](result.json)', '']))
 

@@ -50,7 +50,7 @@ def records_of(
 def conditions_of(
     run: RunRecord,
 ) -> str:  # the label, the data, and what else the record's conditions hold
-    "The circumstances of a record in words."
+    "Format the conditions of a record."
     usual = 'scale', 'reduced', 'stand_ins'
     more = [f'{name} {value:g}' if type(value) in (int, float) else f'{name} {value}'
             for name, value in run.conditions.items() if name not in usual and not isinstance(value, (dict, list))]
@@ -59,7 +59,7 @@ def conditions_of(
 
 @dataclass(frozen=True)
 class Measured:
-    "One measured number, with all that must be printed with it."
+    "A measured value with its conditions."
     where: str  # its record, seen from papers_results
     run: RunRecord
     method: str  # row of a table
@@ -268,7 +268,7 @@ def sentence_of(
     found: dict,  # from `compare`
     claim: str = "the paper's ordering",
 ) -> str:
-    "A comparison in words."
+    "Format a comparison as a sentence."
     span = '' if found['low'] is None else f" (95% interval {found['low']:.4g} to {found['high']:.4g})"
     return (f"{found['better']} over {found['worse']}, {found['measure']}: a gain of {found['gain']:.4g}{span} over "
             f"{found['seeds']} seeds. {claim[:1].upper()}{claim[1:]}: {found['verdict']}.")

@@ -29,7 +29,7 @@ def flow_matching_loss(
     indicator: Tensor,  # 1 or True for null, (b,)
     sigma_min: float = 0.,  # share of x0 left at t = 1
 ) -> Tensor:  # squared error per sample, mean over tokens and channels, (b,)
-    "How far the predicted velocity is from that of the path."
+    "Flow matching loss: squared error of the velocity, one number a sample."
     v = velocity(interpolate(x0, x1, t, sigma_min), t, indicator.long())         # (b, k, d)
     return (v - velocity_target(x0, x1, sigma_min)).square().flatten(1).mean(1)  # (b,)
 
@@ -38,7 +38,7 @@ def kl_loss(
     mean: Tensor,  # of the Gaussians, (b, k, d)
     logvar: Tensor,  # logarithm of their variances, (b, k, d)
 ) -> Tensor:  # KL divergence to N(0, 1), summed over tokens and channels, mean over the batch, ()
-    "The KL divergence of the paper."
+    "KL divergence to N(0, I), summed over tokens and channels (paper, equation 2)."
     mean, logvar = mean.float(), logvar.float()
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
 
@@ -47,7 +47,7 @@ def released_kl_loss(
     mean: Tensor,  # of the Gaussians, (b, k, d)
     logvar: Tensor,  # logarithm of their variances, (b, k, d)
 ) -> Tensor:  # summed over batch, tokens and channels, ()
-    "What the authors' released code uses instead: the sixth power of 0.3 mean, and a sum over the batch too."
+    "KL term of the authors' released code: (0.3 mean)^6 in place of mean^2, summed over the batch too."
     mean, logvar = mean.float(), logvar.float()
     return 0.5 * ((0.3 * mean)**6 + logvar.exp() - 1 - logvar).sum()
 
@@ -71,7 +71,7 @@ def pool_target(
     text_features: Tensor,  # (b, n, c)
     d: int,  # channels wanted, at most c
 ) -> Tensor:  # (b, n, d)
-    "Averages neighbouring channels, from c down to d."
+    "Average neighbouring channels, from c to d."
     return F.adaptive_avg_pool1d(text_features, d)
 
 # %% ../../nbs/losses/01_objective.ipynb #3e72abd1
@@ -85,7 +85,7 @@ def alignment_loss(
     kind: str = 'contrastive',  # one of `align_losses`
     margin: float = 0.5,  # cosine: similarity that is enough, in (-1, 1]
 ) -> Tensor:  # mean over the batch, ()
-    "How badly the latents match the targets that were made from the same text."
+    "Alignment loss between text tokens and their targets (paper, section 3.3)."
     if kind not in align_losses:
         raise ValueError(f"Alignment loss {kind!r} is unknown: choose one of {', '.join(align_losses)}.")
     z, target = (F.normalize(x.flatten(1).float(), dim=1) for x in (z, target))  # (b, n d)
@@ -117,7 +117,7 @@ def source_levels(
 # %% ../../nbs/losses/01_objective.ipynb #b93904da
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    "The choices of the flow's training; the defaults are the paper's text to image."
+    "Configuration of the flow's losses; the defaults are the paper's text to image."
     time_sampling: str = 'logit_normal'  # one of flowtok.flow.path.time_kinds
     p_start: float = 0.5  # mixture: probability of t = 0 exactly
     time_power: float = 1.  # mixture: the other times are u to this power, u uniform
@@ -161,7 +161,7 @@ def flow_terms(
     objective: ObjectiveConfig = ObjectiveConfig(),  # the choices above
     generator: torch.Generator | ShardedRandom | None = None,  # source of randomness
 ) -> dict[str, Tensor]:  # flow (b,), and for the log: t (b,), indicator (b,), source_std ()
-    "The flow term of a batch, one code path for both directions."
+    "Flow matching loss of a batch, for either direction."
     b, device = len(x0), x0.device
     source_std = x0.detach().std()
     t = sample_time(b, objective.time_sampling, p_start=objective.p_start, power=objective.time_power,
@@ -185,7 +185,7 @@ def text_to_image_terms(
     objective: ObjectiveConfig = ObjectiveConfig(),  # the choices above
     generator: torch.Generator | ShardedRandom | None = None,  # source of randomness
 ) -> dict[str, Tensor]:  # as `flow_terms`, with kl () and align () where their weights are not 0
-    "All terms of a batch whose captions become images."
+    "Losses of text to image."
     posterior = model.project(text_features)
     z = posterior.sample(generator)                                              # (b, n, d)
     terms = flow_terms(model, z, image_tokens, objective=objective, generator=generator)
@@ -210,7 +210,7 @@ def image_to_text_terms(
     objective: ObjectiveConfig = ObjectiveConfig(),  # the choices above; kl and align are not used
     generator: torch.Generator | ShardedRandom | None = None,  # source of randomness
 ) -> dict[str, Tensor]:  # as `flow_terms`
-    "All terms of a batch whose images become captions: the flow alone, the two other weights being 0."
+    "Losses of image to text: flow matching alone."
     return flow_terms(model, image_tokens, text_tokens, objective=objective, generator=generator)
 
 # %% ../../nbs/losses/01_objective.ipynb #aa544172
@@ -218,7 +218,7 @@ def total(
     terms: dict[str, Tensor],  # by name; what has no weight is for the log and is left out
     weights: dict[str, float],  # by name; a term whose weight is 0 may be missing
 ) -> Tensor:  # ()
-    "The weighted sum of the terms, each averaged over its samples."
+    "Weighted sum of losses, each averaged over its samples."
     missing = [name for name, weight in weights.items() if weight and name not in terms]
     if missing:
         raise ValueError(f"No term is called {', '.join(missing)}: the terms are {', '.join(terms)}.")
@@ -230,7 +230,7 @@ def loss_by_time_bin(
     t: Tensor,  # their times, (b,)
     edges: tuple[float, ...] = (0., 0.02, 0.1, 0.25, 0.5, 0.75, 1.),  # rising
 ) -> dict[str, float]:  # mean loss of the bins that hold a sample, by name
-    "The mean flow loss at t = 0 and in each bin (low, high] of time."
+    "Mean flow loss at t = 0 and by time bin (low, high]."
     bins = {f't={edges[0]:g}': t == edges[0]}
     bins |= {f't<={high:g}': (t > low) & (t <= high) for low, high in zip(edges, edges[1:])}
     return {name: losses[inside].mean().item() for name, inside in bins.items() if inside.any()}
@@ -240,7 +240,7 @@ def edge_map(
     images: Tensor,  # values in [0, 1], (b, c, h, w)
     threshold: float = 0.1,  # smallest range that counts, in any channel
 ) -> Tensor:  # 1 at edges, else 0, (b, 1, h, w)
-    "Where the values within one pixel's distance range over more than the threshold."
+    "Edge mask: range within 3 x 3 pixels above a threshold."
     highest, lowest = F.max_pool2d(images, 3, 1, 1), -F.max_pool2d(-images, 3, 1, 1)
     return ((highest - lowest).amax(1, keepdim=True) > threshold).float()
 
@@ -250,7 +250,7 @@ def reconstruction_loss(
     target: Tensor,  # originals in [0, 1], (b, c, h, w)
     edge_weight: float = 0.,  # extra weight of the target's edges, 0 for the plain mean square
 ) -> Tensor:  # mean over everything, ()
-    "Mean squared error, with more weight on edges if wanted."
+    "Reconstruction loss: mean squared error, optionally weighted on edges."
     error = (images.float() - target.float()).square()
     if not edge_weight:
         return error.mean()
@@ -262,14 +262,14 @@ def hinge_discriminator_loss(
     real: Tensor,  # logits of originals, any shape
     fake: Tensor,  # logits of decoded images, any shape
 ) -> Tensor:  # mean over patches and the two sides, ()
-    "How far the discriminator is from being right everywhere by a margin of 1."
+    "Hinge loss of the discriminator."
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 def hinge_generator_loss(
     fake: Tensor,  # logits of decoded images, any shape
 ) -> Tensor:  # mean over patches, ()
-    "How little the discriminator takes decoded images for originals."
+    "Adversarial loss of the tokenizer."
     return -fake.mean()
 
 # %% ../../nbs/losses/01_objective.ipynb #34327876
@@ -279,7 +279,7 @@ def lecam_loss(
     real_average: Tensor,  # moving average of the one, ()
     fake_average: Tensor,  # moving average of the other, ()
 ) -> Tensor:  # ()
-    "How far the discriminator's opinions of originals and decoded images are apart."
+    "LeCam regularisation (arXiv 2104.03310)."
     return F.relu(real - fake_average).square() + F.relu(real_average - fake).square()
 
 
@@ -288,7 +288,7 @@ def moving_average(
     value: Tensor,  # new, ()
     decay: float = 0.999,  # share of the old, in [0, 1)
 ) -> Tensor:  # ()
-    "The average after one more value."
+    "Exponential moving average of a number."
     return average.lerp(value.detach(), 1 - decay)
 
 
@@ -296,7 +296,7 @@ def gan_factor(
     step: int,  # from 0
     start: int,  # first step of the discriminator
 ) -> float:  # 0 or 1
-    "Whether the adversarial terms count yet."
+    "Factor of the adversarial losses: 0 before gan_start, then 1."
     return float(step >= start)
 
 # %% ../../nbs/losses/01_objective.ipynb #3a915b69
@@ -304,14 +304,14 @@ def perceptual_loss(
     distances: dict[str, Tensor],  # 'lpips' () and 'convnext' (), or one of them
     convnext_share: float,  # s, to 1 of LPIPS
 ) -> Tensor:  # ()
-    "The weighted mean of perceptual distances; one that is missing counts as 0."
+    "Weighted mean of perceptual distances; a missing one counts as 0."
     shares = {'lpips': 1., 'convnext': convnext_share}
     return sum(shares[name] * distance for name, distance in distances.items()) / sum(shares.values())
 
 # %% ../../nbs/losses/01_objective.ipynb #47784988
 @dataclass(frozen=True)
 class TokenizerObjectiveConfig:
-    "The choices of the tokenizer's training; the KL weight is TA-TiTok's."
+    "Configuration of the tokenizer's losses; the KL weight is TA-TiTok's."
     kl_weight: float = 1e-6  # on `kl_loss`
     edge_weight: float = 0.  # of `reconstruction_loss`
     perceptual_weight: float = 0.  # on `perceptual_loss`
@@ -333,7 +333,7 @@ class TokenizerObjectiveConfig:
 
     @property
     def perceptual_networks(self) -> tuple[str, ...]:  # of 'lpips' and 'convnext'
-        "The trained networks that are asked for."
+        "Perceptual networks with a weight above 0."
         return ('lpips', 'convnext')[:1 + bool(self.convnext_share)] if self.perceptual_weight else ()
 
 # %% ../../nbs/losses/01_objective.ipynb #578b41a6
@@ -346,7 +346,7 @@ def tokenizer_terms(
     generator: torch.Generator | None = None,  # source of randomness
     keep_decoded: bool = False,  # hand out what was drawn, too, for critics to look at
 ) -> dict[str, Tensor]:  # reconstruction (), kl () where its weight is not 0, decoded (b, 3, h, w) where it is kept
-    "All terms of a batch of images that are encoded, sampled and decoded."
+    "Losses of the tokenizer."
     posterior = tokenizer.encode(images)
     decoded = tokenizer.decode(posterior.sample(generator), text_features)
     terms = {'reconstruction': reconstruction_loss(decoded, images, objective.edge_weight)}
@@ -361,7 +361,7 @@ def caption_cross_entropy(
     pad_id: int = 0,  # the id that fills the end of a caption
     pad_weight: float = 1.,  # weight of the positions that hold it, others have 1
 ) -> Tensor:  # weighted mean over positions, ()
-    "Cross-entropy of a caption's ids, all positions at once."
+    "Cross-entropy of caption ids over all positions."
     loss = F.cross_entropy(logits.float().transpose(1, 2), ids, reduction='none')  # (b, n)
     weight = torch.where(ids == pad_id, pad_weight, 1.)                          # (b, n)
     return (loss * weight).sum() / weight.sum()

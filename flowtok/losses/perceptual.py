@@ -23,7 +23,7 @@ from .objective import (TokenizerObjectiveConfig, gan_factor, hinge_discriminato
 
 # %% ../../nbs/losses/02_perceptual.ipynb #080e979d
 class Blur(nn.Module):
-    "Halves height and width, every value a weighted mean over 4 x 4."
+    "Blur and downsample by 2."
     def __init__(self):
         super().__init__()
         row = torch.tensor([1., 3., 3., 1.]) / 8
@@ -35,7 +35,7 @@ class Blur(nn.Module):
 
 # %% ../../nbs/losses/02_perceptual.ipynb #3eb09559
 class PatchDiscriminator(nn.Module):
-    "Logits of patches: high for what looks like an original."
+    "PatchGAN discriminator: a logit for each patch, high for originals."
     def __init__(
         self,
         width: int = 128,  # channels of the first stage
@@ -66,7 +66,7 @@ class PatchDiscriminator(nn.Module):
 def freeze(
     network: nn.Module,  # changed in place
 ) -> nn.Module:  # the same, in eval mode
-    "Makes all parameters buffers that are not saved."
+    "Turn all parameters into non-persistent buffers."
     for module in network.modules():
         own = {name: p for name, p in module.named_parameters(recurse=False)}
         for name, p in own.items():
@@ -76,7 +76,7 @@ def freeze(
 
 
 class Perceptual(nn.Module):
-    "A frozen network, always in eval mode, that looks at two images."
+    "Base class of frozen perceptual distances."
     def __init__(
         self,
         network: nn.Module,  # is frozen
@@ -94,7 +94,7 @@ class Perceptual(nn.Module):
 
 # %% ../../nbs/losses/02_perceptual.ipynb #c2b2e2b0
 class LPIPS(Perceptual):
-    "The learned perceptual distance of VGG16's features."
+    "LPIPS with VGG16."
     taps = (3, 8, 15, 22, 29)                                                    # last rectifier before each pooling
 
     def __init__(
@@ -107,7 +107,7 @@ class LPIPS(Perceptual):
             self.register_buffer(f'weight{i}', weight.detach().view(-1, 1, 1), persistent=False)
 
     def features(self, images: Tensor) -> list[Tensor]:  # (b, 3, h, w) -> five of (b, c, h', w')
-        "Channels of unit length at the five depths."
+        "Normalised VGG16 features at five depths."
         x, found = (2 * images - 1 - self.mean) / self.std, []
         for i, layer in enumerate(self.network):
             x = layer(x)
@@ -127,7 +127,7 @@ class LPIPS(Perceptual):
 
 # %% ../../nbs/losses/02_perceptual.ipynb #4c97bdeb
 class ConvNeXtLogits(Perceptual):
-    "The squared difference of what a classifier says."
+    "Squared difference of ConvNeXt-S logits."
     def __init__(
         self,
         classifier: nn.Module,  # (b, 3, size, size) -> logits
@@ -137,7 +137,7 @@ class ConvNeXtLogits(Perceptual):
         self.size = size
 
     def logits(self, images: Tensor) -> Tensor:  # (b, 3, h, w) -> (b, classes)
-        "What the classifier says of images in [0, 1]."
+        "Logits of images in [0, 1]."
         x = F.interpolate(images, (self.size, self.size), mode='bilinear', antialias=True)
         return self.network((x - self.mean) / self.std)
 
@@ -163,7 +163,7 @@ def find_file(
     folder: Path,  # where it is looked for
     given: str | Path | None = None,  # where it was said to be
 ) -> Path | None:  # None where it is missing
-    "The file of some weights; one that was named must be there."
+    "Find a weight file; FileNotFoundError where a named one is missing."
     if given is not None:
         if not Path(given).is_file():
             raise FileNotFoundError(f"There is no file {given}: name the file that holds the weights {name}.")
@@ -180,7 +180,7 @@ def read_weights(
     wanted: dict[str, Tensor],  # of the names and shapes that must be there
     prefix: str = '',  # before the names in the file
 ) -> dict[str, Tensor]:  # by name, without prefix
-    "Some of the weights of a file, in single precision."
+    "Read tensors of a weight file as float32."
     from pickle import UnpicklingError
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
@@ -226,7 +226,7 @@ def find_perceptual(
     lin: str | Path | None = None,  # LPIPS's own file, None to look for it
     convnext: str | Path | None = None,  # ConvNeXt-S's file, None to look for it
 ) -> tuple[dict[str, Perceptual], list[str]]:  # those whose files are there, by name; a sentence for each other
-    "The perceptual networks, as far as their weights are at hand."
+    "Perceptual networks whose weights are available, and sentences about the missing ones."
     folder = Path(folder or Path(torch.hub.get_dir()) / 'checkpoints')
     given, found, sentences = {'vgg': vgg, 'lin': lin, 'convnext': convnext}, {}, []
     for name in wanted:
@@ -244,7 +244,7 @@ def find_perceptual(
 def mean_over_processes(
     x: Tensor,  # mean over the samples of this process, ()
 ) -> Tensor:  # the same value everywhere, with the gradient of x
-    "The mean over the samples of all processes."
+    "Mean over all processes."
     if not (dist.is_available() and dist.is_initialized()):
         return x
     everywhere = x.detach().clone()
@@ -253,7 +253,7 @@ def mean_over_processes(
 
 # %% ../../nbs/losses/02_perceptual.ipynb #4c4c4c0d
 class Adversary(nn.Module):
-    "A discriminator with its memory: called, it gives the terms of its own training."
+    "Discriminator with LeCam averages; its forward gives the discriminator's losses."
     def __init__(
         self,
         width: int = 128,  # of the `PatchDiscriminator`
@@ -268,7 +268,7 @@ class Adversary(nn.Module):
         self,
         decoded: Tensor,  # (b, 3, h, w)
     ) -> Tensor:  # ()
-        "The tokenizer's adversarial term."
+        "Adversarial loss of the tokenizer."
         fixed = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         with torch.autocast(decoded.device.type, enabled=False):
             return hinge_generator_loss(functional_call(self.discriminator, fixed, decoded.float()))
@@ -290,7 +290,7 @@ class Adversary(nn.Module):
 
 # %% ../../nbs/losses/02_perceptual.ipynb #60b5de70
 class TokenizerCritics(nn.Module):
-    "All that judges decoded images beside the squared error."
+    "Perceptual networks and discriminator of the tokenizer."
     def __init__(
         self,
         objective: TokenizerObjectiveConfig,  # weights, and the first step of the discriminator
@@ -316,7 +316,7 @@ class TokenizerCritics(nn.Module):
         decoded: Tensor,  # as the tokenizer drew them, not clipped, (b, 3, h, w)
         step: int,  # from 0
     ) -> dict[str, Tensor]:  # perceptual () and adversarial (), where asked for; for the log: lpips (), convnext ()
-        "What the critics add to the tokenizer's terms."
+        "Perceptual and adversarial losses of the tokenizer."
         with torch.autocast(decoded.device.type, enabled=False):
             terms = {name: net(decoded.float(), images.float()) for name, net in self.perceptual.items()}
         if terms:

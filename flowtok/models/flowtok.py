@@ -63,7 +63,7 @@ def direction_config(
     config: FlowTokConfig,
     stage: str,  # 'text-to-image' or 'image-to-text'
 ) -> FlowTokConfig:  # whose `flow` is that of the direction
-    "The sizes of the network of one direction."
+    "Config of one direction's network."
     return replace(config, flow=config.caption_flow) if stage == 'image-to-text' and config.caption_flow else config
 
 
@@ -81,7 +81,7 @@ def source_distribution(
 
 
 class FlowTok(nn.Module):
-    "The velocity network with what turns a caption into its starting point."
+    "FlowTok: velocity network, text projector and alignment target (paper, section 3)."
     training_only = 'alignment.', 'temperature'  # beginnings of names of weights that sampling does not need
 
     def __init__(
@@ -116,12 +116,12 @@ class FlowTok(nn.Module):
         return source_distribution(self.projector(text_features), self.config.source)
 
     def alignment_target(self, text_features: Tensor) -> Tensor:  # (b, n, c) -> (b, n, d)
-        "What the text tokens of a caption are compared with in training."
+        "Target of the alignment loss."
         return self.alignment(text_features)
 
 # %% ../../nbs/models/04_flowtok.ipynb #fbf53f7b
 def is_training_only(module: nn.Module, name: str) -> bool:
-    "Whether a weight serves the losses alone."
+    "Whether a weight is used in training only."
     return name.startswith(getattr(module, 'training_only', ('\0',)))
 
 
@@ -131,7 +131,7 @@ def save_weights(
     dtype: torch.dtype | None = None,  # of the numbers in the file, None for the module's own
     training: bool = True,  # also the weights that only training needs
 ):
-    "Write the weights of a module to a file."
+    "Save the weights of a module atomically."
     from safetensors.torch import save_file
     state = {name: x.detach().to('cpu', dtype if x.is_floating_point() else None).contiguous()
              for name, x in module.state_dict().items() if training or not is_training_only(module, name)}
@@ -143,7 +143,7 @@ def load_weights(
     module: nn.Module,  # of the sizes that were saved
     path: str | Path,  # .safetensors file
 ) -> nn.Module:  # the same module
-    "Fill a module with the weights of a file, strictly."
+    "Load weights; missing and unexpected ones are errors."
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     if not Path(path).is_file():

@@ -87,7 +87,7 @@ DECODER_NAMES = {'mask_token': 'mask_token', 'decoder_embed': 'embed', 'text_gui
 def tokenizer_names(
     positions: str,  # 'rope' or 'learned'
 ) -> dict[str, str]:  # beginnings of released names to ours
-    "The map of a tokenizer's names."
+    "Released parameter names of a tokenizer to ours."
     names = {'latent_tokens': 'latent_tokens'}
     for side, own in (('encoder', ENCODER_NAMES), ('decoder', DECODER_NAMES)):
         names |= {f'{side}.{theirs}': f'{side}.{ours}'
@@ -99,7 +99,7 @@ def rename(
     key: str,  # name of one tensor
     names: dict[str, str],  # beginnings of names to beginnings of other names
 ) -> str:  # the other name; the same where no line of the map fits
-    "The name of a tensor under the other convention."
+    "Rename a tensor."
     for old, new in names.items():
         found = re.fullmatch(re.escape(old).replace(r'\#', r'(\d+)') + r'((?:\.\w+)*)', key)
         if found:
@@ -112,14 +112,14 @@ def released_shape(
     key: str,  # released name
     ours: tuple[int, ...],  # shape of our tensor
 ) -> tuple[int, ...]:  # shape in a released file
-    "The shape that a tensor has in a released file."
+    "Shape of a tensor in a released file."
     if key == 'pos_embed':
         return (1, *ours)
     return (*ours, 1, 1) if key in ('encoder.conv_out.weight', 'decoder.ffn.0.weight') else tuple(ours)
 
 
 def listed(names: Iterable[str]) -> str:
-    "The first names of a list, and how many more there are."
+    "Format the first names of a list."
     names = sorted(names)
     return ', '.join(names[:12]) + (f' and {len(names) - 12} more' if len(names) > 12 else '')
 
@@ -129,7 +129,7 @@ def check_entries(
     wanted: dict[str, tuple[int, ...]],  # shapes by name
     source: str | Path,  # for the message
 ):
-    "Refuses missing, unexpected and misshapen tensors, and values that are no numbers."
+    "Validate names, shapes and finiteness of tensors."
     missing, unexpected, both = wanted.keys() - state.keys(), state.keys() - wanted.keys(), wanted.keys() & state.keys()
     misshapen = [f'{key} {tuple(state[key].shape)} instead of {tuple(wanted[key])}' for key in both
                  if tuple(state[key].shape) != tuple(wanted[key])]
@@ -153,7 +153,7 @@ def build_model(
     source: str | Path,  # for messages
     tables: dict[str, tuple[int, ...]] = {},  # shapes of stored tables that the network makes itself
 ) -> nn.Module:  # float32, in eval mode
-    "A network with the weights of a file."
+    "Build a network with the weights of a file."
     with torch.device('meta'):
         model = kind(config)
     back, own = {ours: theirs for theirs, ours in names.items()}, model.state_dict()
@@ -184,7 +184,7 @@ def find_heads(
     width: int,  # of the tokens that the attention works on
     given: int | None,  # what the caller says
 ) -> int:
-    "The number of heads: as given, or as in the released model of this width."
+    "Number of heads: as given, or that of the released model of this width."
     known = KNOWN_HEADS[which]
     if given is None and width not in known:
         table = ', '.join(f'{w} ({h} heads)' for w, h in known.items())
@@ -198,7 +198,7 @@ def read_sizes(
     source: str | Path,  # for the message
     **wanted: str,  # name of a size -> 'released name:number of axes:axis'
 ) -> dict[str, int]:
-    "Sizes, read off the shapes of tensors."
+    "Infer sizes from tensor shapes."
     found, faults = {}, []
     for what, where in wanted.items():
         key, n, axis = where.split(':')
@@ -216,7 +216,7 @@ def count_layers(
     state: dict[str, Tensor],  # what the file holds
     stem: str,  # beginning of the names before the number
 ) -> int:
-    "How many layers there are from number 0 on, at least 1."
+    "Count consecutive layers."
     n = 0
     while any(key.startswith(f'{stem}.{n}.') for key in state):
         n += 1
@@ -229,7 +229,7 @@ def flowtok_config(
     num_heads: int | None = None,  # of the velocity network
     projector_num_heads: int | None = None,  # of the text projector
 ) -> FlowTokConfig:
-    "The sizes of a released FlowTok, and the schedule that its authors sample it with."
+    "Config of a released FlowTok."
     s = read_sizes(state, source, width='x_embedder.weight:2:0', dim='x_embedder.weight:2:1', tokens='pos_embed:3:1',
                    text='context_encoder.linear.weight:2:1', align='context_projector.0.weight:2:0',
                    hidden='context_encoder.layers.0.feed_forward.ffn_1.weight:2:0')
@@ -252,7 +252,7 @@ def tokenizer_config(
     encoder_heads: int | None = None,
     decoder_heads: int | None = None,
 ) -> FlowTokConfig:
-    "The sizes of a released tokenizer."
+    "Config of a released tokenizer."
     learned = any(key.endswith('.class_embedding') for key in state)
     table, extra = ('encoder.positional_embedding', 1) if learned else (ROPE_KEYS[0], 0)
     s = read_sizes(state, source, tokens='latent_tokens:2:0', encoder='latent_tokens:2:1', rows=f'{table}:2:0',
@@ -277,7 +277,7 @@ def check_rotary(
     config: TokenizerConfig,  # sizes
     source: str | Path,  # for the message
 ):
-    "Refuses a file whose rotary tables are not the ones that follow from its sizes."
+    "Validate the rotary tables of a file."
     for key in ROPE_KEYS:
         side, table = key.split('.')[0], state[key]
         n, head_dim = math.isqrt(len(table)), table.shape[1]

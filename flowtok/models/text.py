@@ -28,14 +28,14 @@ from .layers import Block, DiagonalGaussian, float32_default
 def tell_truncation(
     length: int,  # ids that a caption may have
 ):
-    "Says that a caption was too long."
+    "Warn that a caption was truncated."
     warnings.warn(f'A caption is longer than {length} ids: the rest is cut off (said once).', stacklevel=4)
 
 
 def checked_captions(
     captions: list[str] | str,  # one or several
 ) -> list[str]:
-    "The captions as a list; a sentence where they are none."
+    "Validate captions and return them as a list."
     captions = [captions] if isinstance(captions, str) else list(captions)
     if not captions:
         raise ValueError('There is no caption: give at least one string.')
@@ -49,7 +49,7 @@ def pad_ids(
     rows: list[list[int]],  # ids of each caption, the end id last
     length: int,  # n, ids that a caption may have
 ) -> Tensor:  # (b, n) long
-    "One row of ids per caption, filled up with 0; a row that is too long is cut and keeps its end id last."
+    "Pad ids with 0; truncated rows keep their end id."
     if any(len(row) > length for row in rows):
         tell_truncation(length)
         rows = [row[:length - 1] + row[-1:] if len(row) > length else row for row in rows]
@@ -60,7 +60,7 @@ def word_ids(
     caption: str,  # case and punctuation do not matter
     known: dict[str, int],  # id of each word
 ) -> list[int]:  # id of each word of the caption
-    "Ids of the words of a caption; ValueError where there is none, or one that is not known."
+    "Ids of the words of a caption; ValueError for none or an unknown one."
     words = canonical(caption) if known.keys() == set(WORDS) else split_words(caption)
     if not words:
         raise ValueError(f"The prompt {caption!r} holds no words. Known words: {', '.join(known)}.")
@@ -73,7 +73,7 @@ def word_ids(
 
 # %% ../../nbs/models/03_text.ipynb #2707df66
 class WordTextEncoder(nn.Module):
-    "Frozen random features of a small vocabulary, from a fixed seed: they need no file."
+    "Frozen text encoder with fixed random weights and a word vocabulary."
 
     def __init__(
         self,
@@ -90,11 +90,11 @@ class WordTextEncoder(nn.Module):
         self.requires_grad_(False)
 
     def tokenize(self, texts: list[str]) -> Tensor:  # ids, (b, n) long
-        "Ids of the captions: 0 pads, 1 ends, then the vocabulary."
+        "Token ids: 0 pads, 1 ends, then the vocabulary."
         return pad_ids([[*word_ids(text, self.known), 1] for text in checked_captions(texts)], self.config.length)
 
     def decode_ids(self, ids: Tensor) -> list[str]:  # ids (b, n)
-        "The captions of ids: the words before the first end id."
+        "Captions of ids: the words before the first end id."
         rows = [row[:row.index(1)] if 1 in row else row for row in ids.tolist()]
         return [' '.join(self.words[i] for i in row if i > 1) for row in rows]
 
@@ -109,7 +109,7 @@ clip_name = 'ViT-L-14-336'
 def find_clip(
     pretrained: str | Path,  # 'openai', or a file or folder of open_clip's or transformers' weights
 ) -> Path:  # a file here
-    "The file of CLIP's weights, downloaded if need be."
+    "Weight file of CLIP, downloaded if necessary."
     import open_clip
     path = Path(pretrained)
     if path.is_dir():
@@ -137,7 +137,7 @@ transformers_names = {
 def from_transformers(
     state: dict[str, Tensor],  # of a CLIP of transformers; what belongs to images is left out
 ) -> dict[str, Tensor]:  # the text tower by open_clip's names
-    "The same tensors under other names, queries, keys and values joined."
+    "Rename the tensors of a transformers checkpoint and join queries, keys and values."
     found = {}
     for name, x in state.items():
         name = name.removeprefix('text_model.')
@@ -194,7 +194,7 @@ def tower_features(
     tower: nn.Module,  # of `clip_tower`
     ids: Tensor,  # (b, n)
 ) -> Tensor:  # after its last norm, (b, n, c)
-    "The features of CLIP, from the parts of its tower."
+    "Features of CLIP's text tower after its last norm."
     x = tower.token_embedding(ids) + tower.positional_embedding                  # (b, n, c)
     for block in tower.transformer.resblocks:
         qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
@@ -207,7 +207,7 @@ def tower_features(
 
 # %% ../../nbs/models/03_text.ipynb #8eb487a8
 class ClipTextEncoder(nn.Module):
-    "The frozen text tower of CLIP ViT-L-14-336: features after its last norm, at every position."
+    "Frozen text encoder of CLIP ViT-L-14-336: features after the last norm, at every position."
 
     def __init__(
         self,
@@ -223,12 +223,12 @@ class ClipTextEncoder(nn.Module):
         self.requires_grad_(False)
 
     def tokenize(self, texts: list[str]) -> Tensor:  # ids, (b, n) long
-        "Ids of the captions: start, byte pairs, end; 0 pads."
+        "Token ids: start, byte pairs, end; 0 pads."
         rows = [[self.start, *self.bpe.encode(text), self.end] for text in checked_captions(texts)]
         return pad_ids(rows, self.config.length)
 
     def decode_ids(self, ids: Tensor) -> list[str]:  # ids (b, n)
-        "The captions of ids: what lies between the start and the first end id."
+        "Captions of ids: the text between start and first end id."
         rows = [row[:row.index(self.end)] if self.end in row else row for row in ids.tolist()]
         return [self.bpe.decode([i for i in row if i != self.start]).strip() for row in rows]
 
@@ -241,7 +241,7 @@ def text_encoder(
     config: TextConfig,  # its `encoder` chooses
     pretrained: str | Path | None = None,  # of CLIP: 'openai', a file, or None for random weights
 ) -> nn.Module:  # with tokenize(texts), decode_ids(ids) and forward(ids)
-    "The frozen text encoder that a configuration names."
+    "Build the frozen text encoder of a config."
     return ClipTextEncoder(config, pretrained) if config.encoder == 'clip' else WordTextEncoder(config)
 
 # %% ../../nbs/models/03_text.ipynb #d9b730e7
@@ -291,7 +291,7 @@ class ProjectorLayer(nn.Module):
 
 # %% ../../nbs/models/03_text.ipynb #3a5b84b0
 class TextProjector(nn.Module):
-    "Text features to a Gaussian over text tokens."
+    "Text projector: text features to a Gaussian over text tokens (paper, section 3.3)."
 
     def __init__(self, config: FlowTokConfig):
         super().__init__()
@@ -317,7 +317,7 @@ class AlignmentMLP(nn.Sequential):
 
 # %% ../../nbs/models/03_text.ipynb #de24a092
 class TextDecoder(nn.Module):
-    "Text tokens to logits over the vocabulary, all positions at once."
+    "Text decoder: text tokens to logits over the vocabulary, all positions at once."
 
     def __init__(self, config: FlowTokConfig):
         super().__init__()
