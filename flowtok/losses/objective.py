@@ -38,7 +38,7 @@ def kl_loss(
     mean: Tensor,  # of the Gaussians, (b, k, d)
     logvar: Tensor,  # logarithm of their variances, (b, k, d)
 ) -> Tensor:  # KL divergence to N(0, 1), summed over tokens and channels, mean over the batch, ()
-    "KL divergence to N(0, I), summed over tokens and channels (paper, equation 2)."
+    "KL divergence to N(0, I), summed over tokens and channels (paper, section 3)."
     mean, logvar = mean.float(), logvar.float()
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
 
@@ -85,7 +85,7 @@ def alignment_loss(
     kind: str = 'contrastive',  # one of `align_losses`
     margin: float = 0.5,  # cosine: similarity that is enough, in (-1, 1]
 ) -> Tensor:  # mean over the batch, ()
-    "Alignment loss between text tokens and their targets (paper, section 3.3)."
+    "Alignment loss between text tokens and their targets (paper, section 3)."
     if kind not in align_losses:
         raise ValueError(f"Alignment loss {kind!r} is unknown: choose one of {', '.join(align_losses)}.")
     z, target = (F.normalize(x.flatten(1).float(), dim=1) for x in (z, target))  # (b, n d)

@@ -291,7 +291,7 @@ class ProjectorLayer(nn.Module):
 
 # %% ../../nbs/models/03_text.ipynb #3a5b84b0
 class TextProjector(nn.Module):
-    "Text projector: text features to a Gaussian over text tokens (paper, section 3.3)."
+    "Text projector: text features to a Gaussian over text tokens (paper, section 3)."
 
     def __init__(self, config: FlowTokConfig):
         super().__init__()

@@ -262,7 +262,7 @@ def check_sizes(sizes: tuple[int, int], unit: int):
 
 # %% ../../nbs/models/02_tokenizer.ipynb #ff602fc1
 class ImageTokenizer(TokenScale):
-    "Image tokenizer (paper, section 3.2): images to 77 x 16 tokens and back."
+    "Image tokenizer (paper, section 3): images to 77 x 16 tokens and back."
     def __init__(
         self,
         config: FlowTokConfig,  # its tokenizer, and the length and width of its text
