@@ -418,6 +418,17 @@ def test_fine_tuning_starts_from_the_averages_of_a_training(shards, tmp_path):
     assert all(torch.equal(stage.trained.state_dict()[name], x) for name, x in load_file(first.weights).items())
 
 
+@pytest.mark.parametrize('stage, name, factor', [('tokenizer', 'reconstruction', .8), ('text', 'caption', .8), ('text-to-image', 'flow', .95), ('image-to-text', 'flow', .9)])
+def test_every_stage_learns(stage, name, factor, shards, tmp_path):
+    "Forty steps of the real trainer: the mean loss of the last ten is below a stated share of that of the first ten."
+    for earlier in {'text-to-image': ['tokenizer'], 'image-to-text': ['tokenizer', 'text']}.get(stage, []):
+        train(short(earlier, shards, tmp_path, steps=2))
+    run, losses = short(stage, shards, tmp_path, steps=40, batch_size=16), []
+    engine.prepare(run)
+    train(run, lambda line: losses.append(line[name]))
+    assert len(losses) == 40 and sum(losses[-10:]) < factor * sum(losses[:10])
+
+
 def test_recipes_can_be_changed_value_by_value():
     changes = parse_changes('learning_rate=1e-4, accumulate=4 gather=false')
     assert changes == dict(learning_rate=1e-4, accumulate=4, gather=False)
