@@ -31,7 +31,7 @@ def load_pipeline(name: str):
 @dataclass
 class Generate:
     "Generate images for prompts."
-    prompts: Positional[tuple[str, ...]]  # one or more
+    prompts: Annotated[Positional[tuple[str, ...]], arg(metavar='PROMPT ...')]  # one or more
     out: Annotated[Path, arg(aliases=('-o',))] = Path('image.png')  # image file; of several images each gets a number
     pipeline: str = ''  # folder or hub id of a pipeline (default: the small model of the package)
     n: int = 1  # images per prompt
@@ -59,7 +59,7 @@ class Generate:
 @dataclass
 class Caption:
     "Caption images."
-    images: Positional[tuple[str, ...]]  # files or http(s) URLs
+    images: Annotated[Positional[tuple[str, ...]], arg(metavar='IMAGE ...')]  # files or http(s) URLs
     pipeline: str = ''  # folder or hub id of a pipeline (default: the small model of the package)
     steps: int | None = None  # of the solver (default: the model's)
     guidance: float | None = None  # 1 for none (default: the model's)
@@ -204,7 +204,7 @@ class Shards:
 @dataclass
 class Tables:
     "Build the paper's tables and figures from the records of a folder."
-    folder: Positional[Path | None] = None  # with the records (default: papers_results)
+    folder: Annotated[Positional[Path | None], arg(metavar='FOLDER')] = None  # with the records (default: papers_results)
 
     def run(self):
         from flowtok.experiments.records import repository_root
@@ -235,8 +235,8 @@ class Bench:
 @dataclass
 class Convert:
     "Convert a released checkpoint to model.safetensors, config.json and README.md."
-    source: Positional[str]  # a file (.pth, .bin, .safetensors), owner/name or owner/name/file
-    folder: Positional[str]  # where to write, created when absent
+    source: Annotated[Positional[str], arg(metavar='SOURCE')]  # a file (.pth, .bin, .safetensors), owner/name or owner/name/file
+    folder: Annotated[Positional[str], arg(metavar='FOLDER')]  # where to write, created when absent
     activation: Literal['quick_gelu', 'gelu'] | None = None  # of the CLIP text encoder
     num_heads: int | None = None  # these five where the file does not tell
     projector_num_heads: int | None = None

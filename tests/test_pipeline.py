@@ -124,7 +124,7 @@ def test_eight_bits_need_torchao_and_say_so(pipe, monkeypatch):
 def test_compiled_batches_keep_their_size_and_are_announced(pipe, monkeypatch, capsys):
     "Without a compiler: what would be compiled is called with full batches alone, with guidance and after its interval."
     sizes = []
-    monkeypatch.setattr(torch, 'compile', lambda f, **how: lambda x, *rest: sizes.append((len(x), how)) or f(x, *rest))
+    monkeypatch.setattr(torch, 'compile', lambda f, **how: lambda dit, x, *rest: sizes.append((len(x), how)) or f(dit, x, *rest))
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **how: None)
     quick = FlowTokPipeline.from_pretrained().optimize(compile=True)
     images = [p(prompts, 2, generator=torch.Generator().manual_seed(0), output_type='pt', batch_size=3) for p in (pipe, quick)]
