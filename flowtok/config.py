@@ -332,6 +332,7 @@ class Recipe:
     text_drop: float = 0.  # tokenizer: share of the batches that are drawn without text
     perceptual_weight: float = 0.  # tokenizer: on what trained networks see
     convnext_share: float = 0.  # tokenizer: of ConvNeXt in it, to 1 of LPIPS
+    require_perceptual: bool = True  # tokenizer: refuse to train where the weights of these networks are missing; False: train without them
     gan_weight: float = 0.  # tokenizer: on what the discriminator says, 0 for no discriminator
     gan_start: int = 0  # tokenizer: first step at which the discriminator takes part
     gan_learning_rate: float = 0.  # of the discriminator's AdamW, at its highest

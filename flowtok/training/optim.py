@@ -184,6 +184,8 @@ class Critics:
         r = run.recipe
         wanted = stage.objective.perceptual_networks if r.perceptual_weight else ()
         networks, self.missing = find_perceptual(wanted)
+        if self.missing and r.require_perceptual:
+            raise FileNotFoundError(f"{' '.join(self.missing)} To train without, set require_perceptual=false.")
         self.of = TokenizerCritics(stage.objective, networks).to(accelerator.device)
         self.weights, self.judge, self.optimizer = self.of.weights, None, None
         if self.of.adversary:

@@ -532,12 +532,21 @@ def test_first_stage_missing_says_what_to_do(shards, tmp_path):
         train(short('text-to-image', shards, tmp_path))
 
 
+def test_missing_perceptual_weights_refuse(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    run = short('tokenizer', shards, tmp_path, perceptual_weight=1.1, convnext_share=.1)
+    with pytest.raises(FileNotFoundError, match='vgg16-397923af.pth'):
+        train(run)
+    assert not run.weights.exists()
+
+
 def test_the_tokenizer_has_critics_and_says_which_are_missing(shards, tmp_path, monkeypatch):
     "A discriminator from the third step on, no files of perceptual networks; stopped and resumed to the same weights."
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
     real = stepping.TokenizerCritics
     monkeypatch.setattr(stepping, 'TokenizerCritics', lambda *words: real(*words, width=8, depth=2))
-    critical = dict(steps=5, perceptual_weight=1.1, convnext_share=.1, gan_weight=.1, gan_start=2, gan_learning_rate=1e-3, lecam_weight=1e-3)
+    critical = dict(steps=5, perceptual_weight=1.1, convnext_share=.1, gan_weight=.1, gan_start=2, gan_learning_rate=1e-3, lecam_weight=1e-3,
+                    require_perceptual=False)
     whole, parts = (short('tokenizer', shards, tmp_path / name, **critical) for name in ('whole', 'parts'))
     train(whole)
     lines = [json.loads(line) for line in (whole.folder / 'log.jsonl').read_text().splitlines()]
