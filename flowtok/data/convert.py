@@ -7,7 +7,7 @@ __all__ = ['IMAGE_ENDINGS', 'TABLES', 'IMAGE_COLUMNS', 'CAPTION_COLUMNS', 'FILE_
            'image_folder', 'coco_pictures', 'mjhq_pictures', 'folder_pictures', 'number_or_text', 'read_rows',
            'find_column', 'table_pictures', 'Dropped', 'shrink', 'pack_image', 'is_inside', 'read_captions',
            'make_sample', 'stats_path', 'is_done', 'pack_shard', 'exit_with_parent', 'shared_map', 'check_request',
-           'list_reasons', 'finish', 'convert_pictures']
+           'list_reasons', 'finish_conversion', 'convert_pictures']
 
 # %% ../../nbs/data/07_convert.ipynb #5e54e3fb
 import csv
@@ -377,7 +377,7 @@ def list_reasons(counts: dict) -> str:
     return ', '.join(f'{reason} {n:,}' for reason, n in counts.items() if reason != 'kept')
 
 # %% ../../nbs/data/07_convert.ipynb #8e9629b0
-def finish(
+def finish_conversion(
     out: Path,
     plan: dict,  # what plan.json holds
     pieces: dict,  # shard -> its images; all are done
@@ -428,6 +428,6 @@ def convert_pictures(
         with shared_map(processes if left else 1) as mapped, tqdm(total=total, **options) as bar:
             for shard in left:
                 pack_shard(shard, pieces[shard], mapped(make, pieces[shard]), bar.update)
-        return finish(out, plan, pieces)
+        return finish_conversion(out, plan, pieces)
     except OSError as error:
         raise OSError(f"Folder {out} cannot be written: {error.strerror or error}.") from None

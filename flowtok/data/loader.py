@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'random_at', 'shard_of_pass', 'shuffle_buffer', 'NoSamples', 'describe_counts', 'Plan', 'read_source',
-           'Stream', 'exit_with_parent', 'identity_collate', 'load', 'share_of_worker', 'Parts', 'Batches',
+           'Stream', 'exit_with_parent', 'identity_collate', 'load', 'share_of_worker', 'Parts', 'LoaderIterator',
            'open_batches']
 
 # %% ../../nbs/data/05_loader.ipynb #31398bb2
@@ -216,7 +216,7 @@ class Parts(IterableDataset):
             yield error
 
 # %% ../../nbs/data/05_loader.ipynb #bbfffc97
-class Batches:
+class LoaderIterator:
     "Endless iterator over one process's rows of the batches; knows its position."
 
     def __init__(self, parts: Parts, workers: int):
@@ -256,7 +256,7 @@ def open_batches(
     shuffle: int = 4096,  # samples in the buffers of all streams of a source together
     streams: int = 0,  # S; 0 for the largest divisor of batch_size up to 64
     position: dict | None = None,  # of all processes, merged: where to go on
-) -> Batches:
+) -> LoaderIterator:
     "Open an endless loader; the global batches do not depend on the number of processes or workers."
     S = streams or max(n for n in range(1, 65) if batch_size % n == 0)
     if batch_size % S or S % world_size:
@@ -270,4 +270,4 @@ def open_batches(
     numbers = list(range(rank, S, world_size))
     plan = Plan(sources, [find_shards(source.shards) for source in sources], read, S, seed, max(1, shuffle // S))
     workers = max((n for n in range(1, workers + 1) if len(numbers) % n == 0), default=0)
-    return Batches(Parts(plan, numbers, batch_size // S, position or {}), workers)
+    return LoaderIterator(Parts(plan, numbers, batch_size // S, position or {}), workers)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'HUES', 'COLOURS', 'SIZES', 'TONES', 'TEXTURES', 'REACH', 'TILT', 'PERIOD', 'SPLITS', 'PAIRS', 'HELD_OUT',
-           'MIDDLES', 'STRAY', 'FIELD', 'FACING', 'ALIKE', 'ROWS', 'COLUMNS', 'CUTS', 'RELATIONS', 'PLACES', 'WORDS',
-           'VERSION', 'ENCODINGS', 'Thing', 'Scene', 'shape_distance', 'coverage', 'texture_pattern', 'whole_number',
-           'render', 'random_numbers', 'paint', 'draw_thing', 'draw_cells', 'place', 'draw_scene', 'place_words',
-           'is_at', 'relation', 'facing', 'noun', 'plural', 'two_alike', 'reading_order', 'plain_caption',
-           'loose_caption', 'captions', 'shard_sample', 'write_shard', 'claim_folder', 'write_shards']
+           'MIDDLES', 'STRAY', 'FIELD', 'FACING', 'ALIKE', 'ROWS', 'COLUMNS', 'CUTS', 'RELATIONS', 'PLACES', 'VERSION',
+           'ENCODINGS', 'Thing', 'Scene', 'shape_distance', 'coverage', 'texture_pattern', 'whole_number', 'render',
+           'random_numbers', 'paint', 'draw_thing', 'draw_cells', 'place', 'draw_scene', 'place_words', 'is_at',
+           'relation', 'facing', 'noun', 'plural', 'two_alike', 'reading_order', 'plain_caption', 'loose_caption',
+           'captions', 'shard_sample', 'write_shard', 'claim_folder', 'write_shards']
 
 # %% ../../nbs/data/01_shapes.ipynb #9c41c3ee
 import colorsys
@@ -360,10 +360,6 @@ def loose_caption(
     return text
 
 # %% ../../nbs/data/01_shapes.ipynb #7de1f65f
-WORDS = ('a', 'an', 'there', 'is', 'coloured', 'of', 'and', 'with', 'on', 'background', 'shape', 'above', 'below',
-         *ROWS, *COLUMNS, *SIZES, *COLOURS, *SHAPES, *TONES, *TEXTURES, 'two', *map(plural, SHAPES))  # of all captions
-
-
 def captions(
     scene: Scene,  # what is described
     seed: int,  # usually the scene's own

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOUNS', 'COUNTED', 'SENTENCE', 'MEAN_AREA', 'AREA', 'WINDOW', 'MAX_ERROR', 'Claims', 'pattern', 'noun_pattern',
-           'parse', 'agrees', 'is_true', 'to_pixels', 'find_cores', 'recover_coverage', 'name_colour', 'locate',
+           'parse', 'agrees', 'is_true', 'as_pixels', 'find_cores', 'recover_coverage', 'name_colour', 'locate',
            'templates', 'through_window', 'template_errors', 'match_shapes', 'tilt_of', 'ground_patterns',
            'read_ground', 'Seen', 'Reading', 'read_thing', 'read', 'shows']
 
@@ -99,7 +99,7 @@ def is_true(
     return agrees(parse(text), scene.things, scene.tone, scene.texture)
 
 # %% ../../nbs/data/02_verifier.ipynb #4d78c26b
-def to_pixels(
+def as_pixels(
     image: np.ndarray | Image.Image,  # square, at least 64 pixels wide, uint8 where it is an array
 ) -> np.ndarray:  # in [0, 1], (64, 64, 3)
     "Image as uint8 pixels at the verifier's size."
@@ -250,7 +250,7 @@ def read(
 ) -> Reading:
     "Recognise the contents of an image."
     from scipy import ndimage
-    picture = to_pixels(image)
+    picture = as_pixels(image)
     grey = picture.mean(-1)
     chroma = picture - grey[..., None]
     colourfulness = np.linalg.norm(chroma, axis=-1)

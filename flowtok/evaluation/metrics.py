@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONTROLS', 'SCORES', 'accuracy_interval', 'scene_prompts', 'caption_kind', 'count_right', 'text_to_image_scores',
            'reconstruction_scores', 'image_to_text_scores', 'gaussian_statistics', 'matrix_factor', 'frechet_distance',
-           'random_conv_features', 'image_fid', 'psnr', 'missing_scores', 'split_words', 'draws_interval',
+           'random_conv_features', 'image_fid', 'psnr', 'missing_scores', 'tokenize_captions', 'draws_interval',
            'score_captions', 'caption_scores']
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #1d286372
@@ -238,7 +238,7 @@ def missing_scores() -> dict[str, str]:  # score -> why this machine cannot comp
     return {}
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #d66028a5
-def split_words(
+def tokenize_captions(
     captions: list[str],  # one caption each
 ) -> tuple[list[str], str]:  # the captions as words with spaces between, and the tokenizer's name: 'ptb' or 'plain'
     "Lower-case captions without punctuation, by the Penn-Treebank tokenizer where Java is there."
@@ -267,7 +267,7 @@ def draws_interval(
 
 def score_captions(
     name: str,  # one of SCORES, available here
-    references: dict[int, list[str]],  # image -> its references, as `split_words` leaves them
+    references: dict[int, list[str]],  # image -> its references, as `tokenize_captions` leaves them
     candidates: dict[int, list[str]],  # image -> one caption in a list
 ) -> tuple[float, tuple[float, float] | None]:  # percent, and its 95% interval over draws of the images, None for METEOR
     "One score of pycocoevalcap over all images."
@@ -311,7 +311,7 @@ def caption_scores(
     missing = {name: reason for name, reason in missing_scores().items() if name in names}
     values, spans, tokenizer = dict.fromkeys(names), dict.fromkeys(names), None
     if len(missing) < len(names):
-        words, tokenizer = split_words(candidates + [text for texts in references for text in texts])
+        words, tokenizer = tokenize_captions(candidates + [text for texts in references for text in texts])
         left = iter(words[len(candidates):])
         truth = {i: [next(left) for _ in texts] for i, texts in enumerate(references)}
         answer = {i: [text] for i, text in enumerate(words[:len(candidates)])}

@@ -97,7 +97,7 @@ def test_captions_agree_with_the_reference_program():
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
     rows = [text for texts in references for text in texts] + ['a "quoted" (bracketed) close-up; it\'s - odd: 3.5', '']
     theirs = PTBTokenizer().tokenize({i: [{'caption': text}] for i, text in enumerate(rows)})
-    assert metrics.split_words(rows) == ([theirs[i][0] for i in range(len(rows))], 'ptb')
+    assert metrics.tokenize_captions(rows) == ([theirs[i][0] for i in range(len(rows))], 'ptb')
     scores = metrics.caption_scores(candidates, references, ('BLEU-4',))
     tokens = PTBTokenizer().tokenize({i: [{'caption': text} for text in texts] for i, texts in enumerate(references)})
     expected = Bleu(4).compute_score(tokens, {i: [text] for i, text in enumerate(candidates)}, verbose=0)[0][3]
