@@ -27,7 +27,7 @@ def load_pipeline(name: str):
     from flowtok.pipeline import FlowTokPipeline
     return FlowTokPipeline.from_pretrained(name or None).to('cuda' if torch.cuda.is_available() else 'cpu')
 
-
+# %% ../nbs/cli.ipynb #8b5ccb12
 @dataclass
 class Generate:
     "Generate images for prompts."
@@ -55,7 +55,7 @@ class Generate:
             image.save(path)
             print(path)
 
-
+# %% ../nbs/cli.ipynb #2e90eac4
 @dataclass
 class Caption:
     "Caption images."
@@ -78,7 +78,7 @@ RecipeChanges = make_dataclass('RecipeChanges', [
     for f in fields(Recipe) if f.name not in ('steps', 'batch_size', 'betas')])
 RecipeChanges.__doc__ = "Values that differ from the recipe of the scale and stage; see flowtok.config.Recipe."
 
-
+# %% ../nbs/cli.ipynb #1bc2c7ee
 @dataclass
 class Train:
     "Train the stages of a FlowTok, each unless its weights are there; a stopped run resumes."
@@ -126,6 +126,7 @@ class Train:
 # %% ../nbs/cli.ipynb #37d5ab7a
 @dataclass
 class Conversion:
+    "Options and run of a conversion; a subclass lists the images of its data set."
     size: int | None = None  # shorter side at most, pixels (default: every byte is kept)
     samples_per_shard: int = 1000
     limit: int | None = None  # only the first so many images
@@ -148,7 +149,7 @@ class Conversion:
         if len(counts) > 1:
             print(f'left out: {list_reasons(counts)}')
 
-
+# %% ../nbs/cli.ipynb #08076ded
 @dataclass(kw_only=True)
 class Coco(Conversion):
     "One split of COCO 2014."
@@ -173,7 +174,7 @@ class Mjhq(Conversion):
         from flowtok.data.convert import mjhq_pictures
         return 'mjhq-30k', mjhq_pictures(self.meta_data_json)
 
-
+# %% ../nbs/cli.ipynb #63bd13c6
 @dataclass(kw_only=True)
 class Folder(Conversion):
     "A folder of images with captions beside them (a .txt each), or in a table."
@@ -192,7 +193,7 @@ class Folder(Conversion):
             raise ValueError("--image-column and --caption-column belong to a table: name it with --captions.")
         return name, folder_pictures(Path(self.image_folder))
 
-
+# %% ../nbs/cli.ipynb #ef26b288
 @dataclass
 class Shards:
     "Write a data set as webdataset shards."
@@ -212,7 +213,7 @@ class Tables:
         written = build_tables(self.folder or repository_root() / 'papers_results')
         print(f'{len(written)} files, from {written[0].name} to {written[-1].name}')
 
-
+# %% ../nbs/cli.ipynb #81cc6db5
 @dataclass
 class Bench:
     "Measure sampling and training against the roofline and a reference implementation, with random weights."
@@ -231,7 +232,7 @@ class Bench:
                 raise ValueError(f'{name} must be at least {least}, got {getattr(self, name)}.')
         benchmark(self.scale, self.batch_size, self.steps, self.repeats, self.train, self.compile, self.out)
 
-
+# %% ../nbs/cli.ipynb #1446740c
 @dataclass
 class Convert:
     "Convert a released checkpoint to model.safetensors, config.json and README.md."

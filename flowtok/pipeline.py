@@ -92,7 +92,7 @@ def find_pipeline(
         raise FileNotFoundError(f"There is no pipeline {str(name)!r}: it is neither a folder here nor a model that the "
                                 "Hugging Face hub could be asked for.") from None
 
-
+# %% ../nbs/pipeline.ipynb #76732ac1
 @patch(cls_method=True)
 def from_pretrained(
     cls: FlowTokPipeline,
@@ -113,7 +113,7 @@ def from_pretrained(
                  for stage, file in files.items() if file.exists()}
     return cls(config, clip, **parts).to(torch_dtype)
 
-
+# %% ../nbs/pipeline.ipynb #d7c13e3b
 @patch
 def save_pretrained(
     self: FlowTokPipeline,
@@ -206,7 +206,7 @@ def postprocess(
     images: Tensor,  # (b, 3, h, w) in [0, 1], or tokens
     output_type: str,  # one of OUTPUT_TYPES
 ) -> list | Tensor:
-    "Convert to PIL images where these are wanted."
+    "Convert to PIL images for output_type 'pil'."
     if output_type != 'pil':
         return images
     from PIL import Image
@@ -281,7 +281,7 @@ def encode_prompts(self: FlowTokPipeline, ids: Tensor) -> tuple[Tensor, Tensor, 
     source = self.text_to_image.project(features)
     return features, source.mean, source.std
 
-
+# %% ../nbs/pipeline.ipynb #7ade6a74
 @patch
 def generate_batches(self: FlowTokPipeline, batches: Iterable[Tensor], generator, temperature: float, output_type: str, text_at_decoding: bool, settings: dict):
     "Generate images for batches of token ids; `stream` has checked the arguments."
@@ -299,7 +299,7 @@ def generate_batches(self: FlowTokPipeline, batches: Iterable[Tensor], generator
                 x1 = self.tokenizer.decode(self.tokenizer.from_flow(x1), features if text_at_decoding else None)
         yield postprocess(x1[:n], output_type)
 
-
+# %% ../nbs/pipeline.ipynb #bc330d9f
 @patch
 def __call__(
     self: FlowTokPipeline,
@@ -328,7 +328,7 @@ def __call__(
 # %% ../nbs/pipeline.ipynb #8a6f7413
 def read_image(
     image,  # PIL image; path or http(s) URL of an image file; array (h, w) or (h, w, 3), uint8 or floats in [0, 1]
-    size: int,  # height and width wanted, pixels
+    size: int,  # height and width, pixels
 ) -> np.ndarray:  # (size, size, 3) uint8
     "Read one image, bring its shorter side to the size and crop the centre."
     from PIL import Image
@@ -353,7 +353,7 @@ def read_image(
     except Skip as reason:
         raise ValueError(f"{image} cannot be read as an image: {reason}.") from None
 
-
+# %% ../nbs/pipeline.ipynb #8be9bef3
 @patch
 def prepare_images(
     self: FlowTokPipeline,
@@ -371,7 +371,7 @@ def prepare_images(
         raise ValueError("The list of images is empty: give at least one.")
     return to_images(np.stack([read_image(image, size) for image in images]))
 
-
+# %% ../nbs/pipeline.ipynb #7200257a
 @patch
 def velocity(
     self: FlowTokPipeline,

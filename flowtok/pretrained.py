@@ -83,8 +83,8 @@ def is_own(
     "Whether a file has our parameter names; ValueError for another model's."
     def has(*starts): return any(key.startswith(starts) for key in state)
     flow, tokens = has('dit.', 'x_embedder.', 't_embedder.', 'final_layer.'), has('latent_tokens', 'encoder.')
-    wanted, other, loader = (flow, tokens, 'load_tokenizer') if kind is FlowTok else (tokens, flow, 'load_flowtok')
-    if not wanted:
+    requested, other, loader = (flow, tokens, 'load_tokenizer') if kind is FlowTok else (tokens, flow, 'load_flowtok')
+    if not requested:
         what = f'the other part: use {loader}' if other else 'another model'
         raise ValueError(f"{source} is a checkpoint of {what}, its names begin with "
                          f"{listed({key.split('.')[0] for key in state})}.")
@@ -175,16 +175,16 @@ def released_files(
     if variant not in VARIANTS:
         raise ValueError(f"Variant {variant!r} is unknown: choose one of {', '.join(VARIANTS)}.")
     clip, folder = clip and find_clip(clip), Path(source)
-    wanted = VARIANTS[variant], FIRST_CHOICE[RELEASED_REPO, ImageTokenizer]
+    requested = VARIANTS[variant], FIRST_CHOICE[RELEASED_REPO, ImageTokenizer]
     try:
         flow, tokenizer = (find_weights(folder / file if folder.is_dir() else f'{source}/{file}', FlowTok)
-                           for file in wanted)
+                           for file in requested)
         beside = folder / CLIP_FILE
         return flow, tokenizer, clip or find_clip(beside if beside.is_file() else 'openai')
     except FileNotFoundError:
         numbers = RELEASED_FILES[RELEASED_REPO]
-        sizes = ' and '.join(f'{file} ({4 * numbers[file] / 1e9:.1f} GB in float32)' for file in wanted)
-        lacks = [file for file in (*wanted, CLIP_FILE) if folder.is_dir() and not (folder / file).is_file()]
+        sizes = ' and '.join(f'{file} ({4 * numbers[file] / 1e9:.1f} GB in float32)' for file in requested)
+        lacks = [file for file in (*requested, CLIP_FILE) if folder.is_dir() and not (folder / file).is_file()]
         raise FileNotFoundError(
             f"This pipeline needs three files, {sizes} from https://huggingface.co/{RELEASED_REPO}, and {CLIP_FILE} "
             f"(1.7 GB) from https://huggingface.co/{CLIP_REPO}: download them where there is a network, put them into "

@@ -73,11 +73,11 @@ def coco_pictures(
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"File {path} is not laid out as dataset_coco.json is: a list 'images' whose entries have "
                          "cocoid, filepath, filename, split and sentences, each with raw.") from None
-    wanted = ('train', 'restval') if split == 'train' else (split,)
+    splits = ('train', 'restval') if split == 'train' else (split,)
 
     def names(picture): return picture.facts['split'], picture.file.rpartition('/')[0]
 
-    chosen = [picture for picture in pictures if any(name in wanted for name in names(picture))]
+    chosen = [picture for picture in pictures if any(name in splits for name in names(picture))]
     if not chosen:
         good = sorted({str(name) for picture in pictures for name in names(picture)})
         raise ValueError(f"Split {split!r} is not in {path}: choose one of {', '.join(good)}.")

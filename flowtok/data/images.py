@@ -208,8 +208,8 @@ def captions_of(
     "Captions of a sample."
     facts, names = metadata_of(sample), [key] if key else ['captions', 'txt', 'caption']
     for name in names:
-        told = text_of(sample, name) if name in sample else facts.get(name)
-        texts = [text.strip() for text in (told if isinstance(told, list) else [told]) if isinstance(text, str)]
+        value = text_of(sample, name) if name in sample else facts.get(name)
+        texts = [text.strip() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
         if any(len(text) > MAX_CAPTION for text in texts):
             record_repair(sample, 'caption cut')
         if texts := [text[:MAX_CAPTION] for text in texts if text]:
@@ -232,7 +232,7 @@ def to_rgb(
 
 def fit_image(
     image,  # PIL image of any size and mode
-    size: int,  # height and width wanted, pixels
+    size: int,  # height and width, pixels
     generator: np.random.Generator | None = None,  # random crop and flip; None crops the centre
 ) -> np.ndarray:  # (size, size, 3) uint8
     "Resize the shorter side and crop to a square."
@@ -276,7 +276,7 @@ def open_image(
 # %% ../../nbs/data/03_images.ipynb #cd5518d0
 def decode_image(
     data: bytes,  # an image file: png, jpg, webp ...
-    size: int,  # height and width wanted, pixels
+    size: int,  # height and width, pixels
     generator: np.random.Generator | None = None,  # random crop and flip
     *,
     max_pixels: int = MAX_PIXELS,  # of the largest image to decode, and to resize to

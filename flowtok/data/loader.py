@@ -217,7 +217,7 @@ class Parts(IterableDataset):
 
 # %% ../../nbs/data/05_loader.ipynb #bbfffc97
 class LoaderIterator:
-    "Endless iterator over one process's rows of the batches; knows its position."
+    "Endless iterator over one process's rows of the batches, with the position to resume from."
 
     def __init__(self, parts: Parts, workers: int):
         self.parts, self.workers = load(parts, workers), max(1, workers)

@@ -206,7 +206,7 @@ def common_words(
 @dataclass(frozen=True)
 class ImageReader:
     "Reads an image and one of its captions."
-    size: int  # height and width wanted, pixels
+    size: int  # height and width, pixels
     augment: bool = False  # random crop and flip
     max_pixels: int = MAX_PIXELS  # of the largest image to decode
     words: frozenset = frozenset()  # known words of captions; empty for any

@@ -404,12 +404,12 @@ def claim_folder(
 ) -> None:
     "Claim a folder for one content; ValueError where it holds another."
     folder.mkdir(parents=True, exist_ok=True)
-    note, part, wanted = folder / name, folder / f'.{name}-{os.getpid()}', json.dumps(contents)
+    note, part, content = folder / name, folder / f'.{name}-{os.getpid()}', json.dumps(contents)
     found = note.read_text() if note.exists() else 'shards of something else' if any(folder.glob('*.tar')) else ''
-    if found not in ('', wanted):
-        raise ValueError(f"Folder {folder} holds {found}, not {wanted}: choose another folder.")
+    if found not in ('', content):
+        raise ValueError(f"Folder {folder} holds {found}, not {content}: choose another folder.")
     if not found:
-        part.write_text(wanted)
+        part.write_text(content)
         part.replace(note)
 
 # %% ../../nbs/data/01_shapes.ipynb #80b1244d

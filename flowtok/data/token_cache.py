@@ -27,7 +27,7 @@ from .loader import NoSamples, describe_counts, load, share_of_worker
 @dataclass(frozen=True)
 class CacheReader:
     "Reader of images and the metadata to keep with their tokens."
-    size: int  # height and width wanted, pixels
+    size: int  # height and width, pixels
 
     def __call__(self, sample: dict, source: Source, rng=None) -> tuple[np.ndarray, dict]:
         captions, repairs = captions_of(sample, source.caption_key), sample.setdefault('__repairs__', set())
@@ -97,14 +97,14 @@ def describe_cache(
     tokenizer: str,  # name of the tokenizer
 ) -> dict:
     "Description of a token cache."
-    told, entries = [], []
+    described, entries = [], []
     for i, (source, names) in enumerate(zip(sources, shards)):
         free = 'weight', 'recaption_probability', 'shards'
         files = [[os.path.basename(name), os.path.getsize(name) if os.path.exists(name) else None] for name in names]
-        told.append([{key: value for key, value in asdict(source).items() if key not in free}, files])
+        described.append([{key: value for key, value in asdict(source).items() if key not in free}, files])
         entries.append({'shards': f'{i:02d}-*.tar'} | {
             key: getattr(source, key) for key in ('weight', 'recaption_key', 'recaption_probability')})
-    data = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    data = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
     return {'tokenizer': tokenizer, 'size': size, 'data': data, 'sources': entries}
 
 

@@ -25,7 +25,7 @@ from .metrics import frechet_distance, gaussian_statistics, random_conv_features
 # %% ../../nbs/evaluation/02_features.ipynb #973db161
 def resize_clean(
     images: Tensor,  # (b, 3, h, w) in [0, 1]
-    side: int = 299,  # height and width wanted
+    side: int = 299,  # height and width
 ) -> Tensor:  # (b, 3, side, side), 0 to 255, float32
     "Resize with smoothing, as clean-fid does."
     from PIL import Image
@@ -38,7 +38,7 @@ def resize_clean(
 
 def resize_tf(
     images: Tensor,  # (b, 3, h, w) in [0, 1]
-    side: int = 299,  # height and width wanted
+    side: int = 299,  # height and width
 ) -> Tensor:  # (b, 3, side, side), 0 to 255, float32
     "Resize without smoothing, as TensorFlow 1 does."
     from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x

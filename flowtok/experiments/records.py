@@ -136,12 +136,12 @@ def find_fault(
         return f'{where} is {value!r}, which is not of type {names}.'
     if isinstance(value, float) and not math.isfinite(value):
         return f'{where} is {value}: write None and the reason for what is not finite.'
-    wanted = schema if isinstance(schema, dict) else {}
-    for name in wanted:
+    required = schema if isinstance(schema, dict) else {}
+    for name in required:
         if name not in value:
             return f'{where} lacks the field {name!r}.'
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    faults = (find_fault(part, wanted.get(name, object), f'{name!r} of {where}') for name, part in parts)
+    faults = (find_fault(part, required.get(name, object), f'{name!r} of {where}') for name, part in parts)
     return next(filter(None, faults), '')
 
 

@@ -86,7 +86,7 @@ def draw(
     kind: Callable,  # torch.rand or torch.randn
     shape: tuple,  # of the result, batch first; () for one number, common to all processes
     generator: torch.Generator | ShardedRandom | None = None,  # its device is where the numbers are drawn
-    device: torch.device | str | None = None,  # where the result is wanted
+    device: torch.device | str | None = None,  # of the result
 ) -> Tensor:  # float32 random numbers, `shape`
     "Draw random numbers that depend on the generator alone, not on the device or the number of processes."
     share = as_sharded_random(generator)
@@ -109,7 +109,7 @@ def sample_time(
     mean: float = 0.,  # logit_normal: mean of the logit
     std: float = 1.,  # logit_normal: standard deviation of the logit, more than 0
     generator: torch.Generator | ShardedRandom | None = None,  # source of randomness
-    device: torch.device | str | None = None,  # where the times are wanted
+    device: torch.device | str | None = None,  # of the times
 ) -> Tensor:  # times in [0, 1], (n,)
     "Draw one training time per sample."
     if kind not in time_kinds:
@@ -132,7 +132,7 @@ def draw_indicator(
     n: int,  # batch size
     p: float = 0.1,  # probability of null, in [0, 1]
     generator: torch.Generator | ShardedRandom | None = None,  # source of randomness
-    device: torch.device | str | None = None,  # where the indicator is wanted
+    device: torch.device | str | None = None,  # of the indicator
 ) -> Tensor:  # bool, True for null, (n,)
     "Draw the null samples of a batch; none where only one was drawn."
     null = draw(torch.rand, (n,), generator, device) < p

@@ -155,7 +155,7 @@ def fit_grid(
     density = torch.cat([bend[:1].expand(order // 2), bend, bend[-1:].expand(order - order // 2)]) ** (1 / (order + 1))
     density = density + density.mean() / 3 if density.sum() > 1e-9 else torch.ones_like(density)
     passed = torch.cat([density.new_zeros(1), density.cumsum(0)]) / density.sum()  # (m + 1,), 0 to 1
-    wanted = torch.arange(1, num_inference_steps, dtype=torch.float64, device='cpu') / num_inference_steps
-    i = torch.searchsorted(passed, wanted).clamp(1, fine)
-    inner = (i - 1 + (wanted - passed[i - 1]) / (passed[i] - passed[i - 1])) / fine
+    targets = torch.arange(1, num_inference_steps, dtype=torch.float64, device='cpu') / num_inference_steps
+    i = torch.searchsorted(passed, targets).clamp(1, fine)
+    inner = (i - 1 + (targets - passed[i - 1]) / (passed[i] - passed[i - 1])) / fine
     return [0., *inner.tolist(), 1.]

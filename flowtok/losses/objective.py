@@ -69,7 +69,7 @@ align_targets = ('mlp', 'pool')
 
 def pool_target(
     text_features: Tensor,  # (b, n, c)
-    d: int,  # channels wanted, at most c
+    d: int,  # channels of the result, at most c
 ) -> Tensor:  # (b, n, d)
     "Average neighbouring channels, from c to d."
     return F.adaptive_avg_pool1d(text_features, d)

@@ -80,7 +80,7 @@ class Perceptual(nn.Module):
     def __init__(
         self,
         network: nn.Module,  # is frozen
-        mean: tuple[float, float, float],  # of the pixels that it knows, RGB
+        mean: tuple[float, float, float],  # of the pixels it was trained on, RGB
         std: tuple[float, float, float],  # their standard deviation
     ):
         super().__init__()
@@ -121,8 +121,8 @@ class LPIPS(Perceptual):
         images: Tensor,  # the originals in [0, 1], which get no gradient
     ) -> Tensor:  # mean over the batch, ()
         with torch.no_grad():
-            wanted = self.features(images)
-        pairs = zip(self.features(decoded), wanted)
+            expected = self.features(images)
+        pairs = zip(self.features(decoded), expected)
         return sum((getattr(self, f'weight{i}') * (a - b).square()).sum(1).mean() for i, (a, b) in enumerate(pairs))
 
 # %% ../../nbs/losses/02_perceptual.ipynb #4c97bdeb
@@ -147,8 +147,8 @@ class ConvNeXtLogits(Perceptual):
         images: Tensor,  # the originals in [0, 1], which get no gradient
     ) -> Tensor:  # mean over classes and the batch, ()
         with torch.no_grad():
-            wanted = self.logits(images)
-        return F.mse_loss(self.logits(decoded), wanted)
+            expected = self.logits(images)
+        return F.mse_loss(self.logits(decoded), expected)
 
 # %% ../../nbs/losses/02_perceptual.ipynb #8ea60063
 perceptual_files = {                                # by name: the file, its size, where it comes from
@@ -177,7 +177,7 @@ def find_file(
 # %% ../../nbs/losses/02_perceptual.ipynb #3954685e
 def read_weights(
     path: Path,  # of a file that torch.save wrote
-    wanted: dict[str, Tensor],  # of the names and shapes that must be there
+    expected: dict[str, Tensor],  # of the names and shapes that must be there
     prefix: str = '',  # before the names in the file
 ) -> dict[str, Tensor]:  # by name, without prefix
     "Read tensors of a weight file as float32."
@@ -187,11 +187,11 @@ def read_weights(
     except (UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole file of weights ({type(error).__name__}): fetch it again.") from None
     shapes = {name: tuple(x.shape) for name, x in state.items()} if isinstance(state, dict) else {}
-    for name, x in wanted.items():
+    for name, x in expected.items():
         if shapes.get(prefix + name) != tuple(x.shape):
             raise ValueError(f"{path} should hold {prefix + name} of shape {tuple(x.shape)}, and has "
                              f"{shapes.get(prefix + name, 'nothing of this name')}.")
-    return {name: state[prefix + name].float() for name in wanted}
+    return {name: state[prefix + name].float() for name in expected}
 
 
 def load_lpips(vgg: Path, lin: Path) -> LPIPS:
@@ -220,7 +220,7 @@ perceptual_networks = {                             # by name: for people, how i
 
 
 def find_perceptual(
-    wanted: tuple[str, ...] = tuple(perceptual_networks),  # names of them
+    expected: tuple[str, ...] = tuple(perceptual_networks),  # names of them
     folder: str | Path | None = None,  # of the files, None for torch.hub's checkpoints
     vgg: str | Path | None = None,  # VGG16's file, None to look for it
     lin: str | Path | None = None,  # LPIPS's own file, None to look for it
@@ -229,15 +229,15 @@ def find_perceptual(
     "Perceptual networks whose weights are available, and sentences about the missing ones."
     folder = Path(folder or Path(torch.hub.get_dir()) / 'checkpoints')
     given, found, sentences = {'vgg': vgg, 'lin': lin, 'convnext': convnext}, {}, []
-    for name in wanted:
+    for name in expected:
         title, load, needs = perceptual_networks[name]
         files = {need: find_file(need, folder, given[need]) for need in needs}
         missing = [perceptual_files[need] for need, file in files.items() if file is None]
         if not missing:
             found[name] = load(**files)
         else:
-            told = ' and '.join(f'{file} ({size}, from {source})' for file, size, source in missing)
-            sentences.append(f"Without the perceptual term of {title}: put {told} into the folder {folder}.")
+            files_needed = ' and '.join(f'{file} ({size}, from {source})' for file, size, source in missing)
+            sentences.append(f"Without the perceptual term of {title}: put {files_needed} into the folder {folder}.")
     return found, sentences
 
 # %% ../../nbs/losses/02_perceptual.ipynb #3f489ecf

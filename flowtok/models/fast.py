@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['has_onednn', 'MAX_CACHED_STEPS', 'linear_gelu', 'FusedMLP', 'fuse_gelu', 'run_block', 'run_final', 'run_dit',
-           'CachedVelocity']
+           'ModulationCache', 'CachedVelocity']
 
 # %% ../../nbs/models/06_fast.ipynb #b1912361
 import sys
@@ -61,7 +61,7 @@ def run_block(
     added = block.mlp(torch.addcmul(shift_m[:, None], block.norm2(x), 1 + scale_m[:, None]))
     return torch.addcmul(x, gate_m[:, None], added).view(shape)
 
-
+# %% ../../nbs/models/06_fast.ipynb #5d08a3d2
 def run_final(layer: FinalLayer, x: Tensor, modulation: Tensor) -> Tensor:  # (b, n, w), (g, 2 w) -> (b, n, out)
     "FinalLayer with its modulation given."
     shift, scale = modulation.chunk(2, -1)
@@ -80,6 +80,45 @@ def run_dit(dit: DiT, x: Tensor, modulations: list[Tensor]) -> Tensor:  # (b, k,
 MAX_CACHED_STEPS = 128  # times whose modulations are kept
 
 
+class ModulationCache:
+    "Modulation of all layers of a DiT by time, under both indicators; emptied when the weights change."
+
+    def __init__(self, dit: DiT): self.dit, self.key, self.values = dit, None, {}
+
+    def weights_key(self) -> tuple | None:  # None where tensors do not count their changes
+        "Cache key; changes whenever the modulation weights or the data type of the blocks change."
+        layers = self.dit.time, self.dit.indicator, self.dit.final.modulation, *(block.modulation for block in self.dit.blocks)
+        weights = [p for layer in layers for p in layer.parameters()]
+        if any(p.is_inference() for p in weights):
+            return None
+        return self.dit.blocks[0].attn.qkv.weight.dtype, *((p.data_ptr(), p._version, p.dtype) for p in weights)
+
+    def compute(self, times: Tensor) -> list[list[Tensor]]:  # times (m,) -> for each time and layer (2, 6 w) or (2, 2 w)
+        "Modulations at times, in one batch."
+        dit, m = self.dit, len(times)
+        t = times.float().to(dit.positions.device).repeat_interleave(2)          # (2 m,)
+        c = F.silu(dit.time(t) + dit.indicator(torch.arange(2, device=t.device).repeat(m)))
+        inner = dit.blocks[0].attn.qkv.weight.dtype
+        layers = [block.modulation(c).to(inner).unflatten(0, (m, 2)) for block in dit.blocks] + [dit.final.modulation(c).unflatten(0, (m, 2))]
+        return [[layer[i] for layer in layers] for i in range(m)]
+
+    def fill(self, times: Tensor):
+        "Compute what is missing at times, unless they are more than MAX_CACHED_STEPS."
+        key, unique = self.weights_key(), list(dict.fromkeys(times.tolist()))
+        if key is None or key != self.key or len({*self.values, *unique}) > MAX_CACHED_STEPS:
+            self.key, self.values = key, {}
+        new = [t for t in unique if t not in self.values]
+        if new and len(unique) <= MAX_CACHED_STEPS:
+            self.values |= zip(new, self.compute(torch.tensor(new, dtype=times.dtype)))
+
+    def at(self, t: Tensor) -> list[Tensor]:  # one time, () -> for each layer (2, 6 w) or (2, 2 w)
+        "Modulation at one time."
+        key = self.weights_key()
+        if key is None or key != self.key or t.item() not in self.values:
+            self.fill(t[None])
+        return self.values[t.item()]
+
+# %% ../../nbs/models/06_fast.ipynb #b4dcc3a5
 class CachedVelocity:
     "Velocity of a model with cached modulation, optionally compiled; for `flowtok.flow.solver.sample`."
 
@@ -88,7 +127,7 @@ class CachedVelocity:
         model: FlowTok,
         compile: bool = False,  # whether to compile the network, once for each number of rows
     ):
-        self.model, self.key, self.cache, self.compiled_rows = model, None, {}, set()
+        self.model, self.cache, self.compiled_rows = model, ModulationCache(model.dit), set()
         mode = dict(mode='reduce-overhead') if torch.cuda.is_available() else {}
         self.run, self.compiled = torch.compile(run_dit, dynamic=False, **mode) if compile else run_dit, compile
 
@@ -96,41 +135,13 @@ class CachedVelocity:
         "As `FlowTok.velocity`."
         return self.model.velocity(x, t, indicator)
 
-    def weights_key(self) -> tuple | None:  # None where tensors do not count their changes
-        "Cache key; changes whenever the modulation weights change."
-        dit = self.model.dit
-        layers = dit.time, dit.indicator, dit.final.modulation, *(block.modulation for block in dit.blocks)
-        weights = [p for layer in layers for p in layer.parameters()]
-        return None if any(p.is_inference() for p in weights) else tuple((p.data_ptr(), p._version, p.dtype) for p in weights)
-
-    def modulations(self, times: Tensor) -> list[list[Tensor]]:  # times (m,) -> for each time and layer (2, 6 w) or (2, 2 w)
-        "Modulations at times, under both indicators."
-        dit, m = self.model.dit, len(times)
-        t = times.float().to(dit.positions.device).repeat_interleave(2)          # (2 m,)
-        c = F.silu(dit.time(t) + dit.indicator(torch.arange(2, device=t.device).repeat(m)))
-        inner = dit.blocks[0].attn.qkv.weight.dtype
-        layers = [block.modulation(c).to(inner).unflatten(0, (m, 2)) for block in dit.blocks] + [dit.final.modulation(c).unflatten(0, (m, 2))]
-        return [[layer[i] for layer in layers] for i in range(m)]
-
     def prepare(self, times: Tensor):
-        "Fill the cache for times that will be asked for, in one batch."
-        key = self.weights_key()
-        if key != self.key or key is None:
-            self.key, self.cache = key, {}
-        new = [t for t in dict.fromkeys(times.tolist()) if t not in self.cache]
-        if len(new) > MAX_CACHED_STEPS:
-            return
-        if len(self.cache) + len(new) > MAX_CACHED_STEPS:
-            self.cache = {}
-            new = list(dict.fromkeys(times.tolist()))
-        self.cache |= zip(new, self.modulations(torch.tensor(new, dtype=times.dtype))) if new else {}
+        "Fill the cache for the times of a grid."
+        self.cache.fill(times)
 
     def cfg(self, x: Tensor, t: Tensor, guidance_scale: float) -> Tensor:  # (b, k, d), () -> (b, k, d)
         "Evaluate the velocity with classifier-free guidance."
-        key = self.weights_key()
-        if key is None or key != self.key or t.item() not in self.cache:
-            self.prepare(t[None])
-        modulations = self.cache[t.item()]
+        modulations = self.cache.at(t)
         if guidance_scale == 1:
             return self.evaluate(x, [layer[:1] for layer in modulations])
         return guide(*self.evaluate(torch.cat([x, x]), modulations).chunk(2), guidance_scale)

@@ -66,7 +66,7 @@ def direction_config(
     "Config of one direction's network."
     return replace(config, flow=config.caption_flow) if stage == 'image-to-text' and config.caption_flow else config
 
-
+# %% ../../nbs/models/04_flowtok.ipynb #b0151dab
 def source_distribution(
     learned: DiagonalGaussian,  # of the text projector, over (b, n, d)
     source: SourceConfig,  # its kind
@@ -79,7 +79,7 @@ def source_distribution(
         mean = source.mean_scale * F.layer_norm(mean, mean.shape[-1:])           # (b, n, d)
     return DiagonalGaussian(mean, torch.full_like(mean, 2 * math.log(source.std)))
 
-
+# %% ../../nbs/models/04_flowtok.ipynb #8bb0c0fa
 class FlowTok(nn.Module):
     "FlowTok: velocity network, text projector and alignment target (paper, section 3)."
     training_only = 'alignment.', 'temperature'  # beginnings of names of weights that sampling does not need

@@ -116,7 +116,7 @@ class RotaryTables(nn.Module):
         self,
         rows: int,  # of the grid at hand
         columns: int,  # of the grid at hand
-        device: torch.device,  # where the tables are wanted
+        device: torch.device,  # of the tables
     ) -> tuple[Tensor, Tensor]:  # cosines and sines, float32, (n, head_dim) each
         "The tables of a grid."
         if self.grid != (rows, columns) or self.cos.device != device:

@@ -126,13 +126,13 @@ def listed(names: Iterable[str]) -> str:
 
 def check_entries(
     state: dict[str, Tensor],  # what the file holds
-    wanted: dict[str, tuple[int, ...]],  # shapes by name
+    expected: dict[str, tuple[int, ...]],  # shapes by name
     source: str | Path,  # for the message
 ):
     "Validate names, shapes and finiteness of tensors."
-    missing, unexpected, both = wanted.keys() - state.keys(), state.keys() - wanted.keys(), wanted.keys() & state.keys()
-    misshapen = [f'{key} {tuple(state[key].shape)} instead of {tuple(wanted[key])}' for key in both
-                 if tuple(state[key].shape) != tuple(wanted[key])]
+    missing, unexpected, both = expected.keys() - state.keys(), state.keys() - expected.keys(), expected.keys() & state.keys()
+    misshapen = [f'{key} {tuple(state[key].shape)} instead of {tuple(expected[key])}' for key in both
+                 if tuple(state[key].shape) != tuple(expected[key])]
     faults = [f'{what}: {listed(names)}' for what, names in
               (('missing', missing), ('unexpected', unexpected), ('misshapen', misshapen)) if names]
     if faults:
@@ -196,11 +196,11 @@ def find_heads(
 def read_sizes(
     state: dict[str, Tensor],  # what the file holds
     source: str | Path,  # for the message
-    **wanted: str,  # name of a size -> 'released name:number of axes:axis'
+    **expected: str,  # name of a size -> 'released name:number of axes:axis'
 ) -> dict[str, int]:
     "Infer sizes from tensor shapes."
     found, faults = {}, []
-    for what, where in wanted.items():
+    for what, where in expected.items():
         key, n, axis = where.split(':')
         shape = tuple(state[key].shape) if key in state else None
         if shape is None or len(shape) != int(n) or 0 in shape:

@@ -182,10 +182,10 @@ def clip_tower(
     "The text tower of CLIP with random weights and without its projection."
     import open_clip
     sizes = open_clip.get_model_config(clip_name)['text_cfg']
-    wanted = dict(context_length=config.length, width=config.width, vocab_size=config.vocab_size)
-    if not wanted.items() <= sizes.items():
-        has = {name: sizes[name] for name in wanted}
-        raise ValueError(f'The text tower of CLIP {clip_name} has {has}, not {wanted}.')
+    requested = dict(context_length=config.length, width=config.width, vocab_size=config.vocab_size)
+    if not requested.items() <= sizes.items():
+        has = {name: sizes[name] for name in requested}
+        raise ValueError(f'The text tower of CLIP {clip_name} has {has}, not {requested}.')
     act = open_clip.transformer.QuickGELU if config.activation == 'quick_gelu' else nn.GELU
     return open_clip.transformer.TextTransformer(**sizes, output_dim=None, output_tokens=True, act_layer=act)
 
@@ -199,8 +199,8 @@ def tower_features(
     for block in tower.transformer.resblocks:
         qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        heard = F.scaled_dot_product_attention(q, k, v, is_causal=True)          # (b, heads, n, c / heads)
-        x = x + F.linear(heard.transpose(1, 2).flatten(2), block.attn.out_proj.weight, block.attn.out_proj.bias)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)          # (b, heads, n, c / heads)
+        x = x + F.linear(attended.transpose(1, 2).flatten(2), block.attn.out_proj.weight, block.attn.out_proj.bias)
         wide, narrow = block.mlp.c_fc, block.mlp.c_proj
         x = x + F.linear(block.mlp.gelu(F.linear(block.ln_2(x), wide.weight, wide.bias)), narrow.weight, narrow.bias)
     return tower.ln_final(x)

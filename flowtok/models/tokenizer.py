@@ -245,13 +245,13 @@ class TokenScale(nn.Module):
 def check_array(
     what: str,  # is given, for the message
     given: Tensor,  # the array
-    *wanted: int | str,  # its shape after the batch axis, a letter where any length will do
+    *expected: int | str,  # its shape after the batch axis, a letter where any length will do
 ):
     "Validate shape and data type of a tensor."
     shape = tuple(given.shape)
-    fits = len(shape) == len(wanted) + 1 and all(isinstance(w, str) or w == n for w, n in zip(wanted, shape[1:]))
+    fits = len(shape) == len(expected) + 1 and all(isinstance(w, str) or w == n for w, n in zip(expected, shape[1:]))
     if not fits or not given.is_floating_point():
-        raise ValueError(f"{what} must be floating point of shape (b, {', '.join(map(str, wanted))}), got "
+        raise ValueError(f"{what} must be floating point of shape (b, {', '.join(map(str, expected))}), got "
                          f"{given.dtype} of shape {shape}.")
 
 

@@ -40,17 +40,17 @@ class CrossAttention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
 
-    def listen(self, text: Tensor) -> Tensor:  # (b, n, w) -> keys and values, (2, b, heads, n, w / heads)
+    def keys_values(self, text: Tensor) -> Tensor:  # (b, n, w) -> keys and values, (2, b, heads, n, w / heads)
         "Keys and values of the text tokens."
         return self.kv(text).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def forward(
         self,
         x: Tensor,  # (b, k, w)
-        heard: Tensor,  # from `listen`
+        keys_and_values: Tensor,  # from `keys_values`
     ) -> Tensor:  # (b, k, w)
         q = self.q(self.norm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return self.proj(F.scaled_dot_product_attention(q, *heard).transpose(1, 2).flatten(2))
+        return self.proj(F.scaled_dot_product_attention(q, *keys_and_values).transpose(1, 2).flatten(2))
 
 
 class CrossBlock(ModulatedBlock):
@@ -60,10 +60,10 @@ class CrossBlock(ModulatedBlock):
         super().__init__(width, heads)
         self.cross = CrossAttention(width, heads)
 
-    def forward(self, x: Tensor, c: Tensor, heard: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, keys_and_values: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(c)).chunk(6, -1)
         x = x + gate_a[:, None] * self.attn(self.norm1(x) * (1 + scale_a[:, None]) + shift_a[:, None])
-        x = x + self.cross(x, heard)
+        x = x + self.cross(x, keys_and_values)
         return x + gate_m[:, None] * self.mlp(self.norm2(x) * (1 + scale_m[:, None]) + shift_m[:, None])
 
 # %% ../../nbs/training/06_baselines.ipynb #9d7c623e
@@ -104,13 +104,13 @@ class Conditioned(nn.Module):
         for branch in (block.cross.proj for block in self.blocks if kind == 'cross'):
             nn.init.zeros_(branch.weight)
 
-    def read(self, features: Tensor, indicator: Tensor) -> Tensor | list[Tensor]:  # (b, n, c), (b,) -> tokens (b, n, w), or each block's `listen`
+    def read(self, features: Tensor, indicator: Tensor) -> Tensor | list[Tensor]:  # (b, n, c), (b,) -> tokens (b, n, w), or each block's `keys_values`
         "Text features of the blocks; null where the indicator is 1."
         x = torch.where(indicator.bool()[:, None, None], self.null.to(features.dtype), features)
         for layer in self.layers:
             x = layer(x)
         text = self.text_in(x)
-        return [block.cross.listen(text) for block in self.blocks] if self.kind == 'cross' else text
+        return [block.cross.keys_values(text) for block in self.blocks] if self.kind == 'cross' else text
 
     def move(self, x: Tensor, t: Tensor, read: Tensor | list[Tensor]) -> Tensor:  # (b, k, d), (b,) -> (b, k, d)
         "Velocity given text features of `read`."
@@ -195,18 +195,18 @@ def build_network(config: FlowTokConfig, kind: str) -> nn.Module:
 def match(
     config: FlowTokConfig,
     kind: str,  # one of KINDS
-    wanted: int,  # parameters
+    num_parameters: int,  # parameters
 ) -> FlowTokConfig:  # the same with another width of the flow
     "Config whose width matches a parameter count."
     step, best = 2 * config.flow.heads, None
     for width in range(step, 2 * config.flow.width, step):
         tried = replace(config, flow=replace(config.flow, width=width))
         with torch.device('meta'):
-            off = abs(parameters_of(build_network(tried, kind)) / wanted - 1)
+            off = abs(parameters_of(build_network(tried, kind)) / num_parameters - 1)
         if best is None or off < best[0]:
             best = off, tried
     if best[0] > 0.05:
-        raise ValueError(f"No width of a multiple of {step} gives {kind!r} {wanted:,} parameters within 5%: the best is "
+        raise ValueError(f"No width of a multiple of {step} gives {kind!r} {num_parameters:,} parameters within 5%: the best is "
                          f"{best[0]:.0%} off.")
     return best[1]
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch._functorch import config as functorch
 from torch.optim.lr_scheduler import LambdaLR
@@ -162,26 +163,28 @@ class Report:
                 self.log.add(loggable_values(losses))
         self.pending = []
 
-    def __call__(
-        self,
-        step: int,  # from 1
-        losses: dict[str, Tensor],  # of `train_step`
-        rate: float,  # share of the highest learning rate
-    ):
-        "Take in the losses of a step; write a line and draw samples where they are due."
-        run, last = self.run, step == self.run.recipe.steps
-        self.pending.append(losses)
-        if step % run.log_every == 0 or step - self.start in (1, 3) or last:
-            self.read(step)
-            if self.log:
-                line = self.log.write(step=step, seconds=round(time.time() - self.began, 2), rate=rate, **({'skipped': self.skipped} if self.skipped else {}))
-                self.tell(line)
-                if not self.warned and (warning := source_warning(line)):
-                    self.warned = True
-                    self.warn(step, warning=warning)
-                self.accelerator.log({k: v for k, v in line.items() if k != 'step'}, step=step)
-        if self.log and (step % run.sample_every == 0 or last):
-            show_progress(self.stage, self.ema, self.samples, step, self.log)
+# %% ../../nbs/training/04_fit.ipynb #dd9d4d8e
+@patch
+def __call__(
+    self: Report,
+    step: int,  # from 1
+    losses: dict[str, Tensor],  # of `train_step`
+    rate: float,  # share of the highest learning rate
+):
+    "Take in the losses of a step; write a line and draw samples where they are due."
+    run, last = self.run, step == self.run.recipe.steps
+    self.pending.append(losses)
+    if step % run.log_every == 0 or step - self.start in (1, 3) or last:
+        self.read(step)
+        if self.log:
+            line = self.log.write(step=step, seconds=round(time.time() - self.began, 2), rate=rate, **({'skipped': self.skipped} if self.skipped else {}))
+            self.tell(line)
+            if not self.warned and (warning := source_warning(line)):
+                self.warned = True
+                self.warn(step, warning=warning)
+            self.accelerator.log({k: v for k, v in line.items() if k != 'step'}, step=step)
+    if self.log and (step % run.sample_every == 0 or last):
+        show_progress(self.stage, self.ema, self.samples, step, self.log)
 
 # %% ../../nbs/training/04_fit.ipynb #199a906e
 def fit(
@@ -229,7 +232,7 @@ def fit(
     for tracker in accelerator.trackers:
         tracker.finish()
 
-
+# %% ../../nbs/training/04_fit.ipynb #d80e938e
 def train(
     run: Run,
     tell: Callable = lambda line: None,  # gets each line of the log, in the first process

@@ -56,10 +56,10 @@ def launch(
             process.terminate()
             process.wait()
     if process.returncode:
-        told = errors.read_text()
-        causes = re.findall(r'^(?:\[rank\d+\]: ?)?(\w+(?:Error|Exception|Interrupt)\b.*)', told, re.MULTILINE)
+        stderr = errors.read_text()
+        causes = re.findall(r'^(?:\[rank\d+\]: ?)?(\w+(?:Error|Exception|Interrupt)\b.*)', stderr, re.MULTILINE)
         raise RuntimeError(f"Stage {run.stage} ended with exit status {process.returncode}: "
-                           f"{causes[0] if causes else told[-500:]} ({errors} tells the rest)")
+                           f"{causes[0] if causes else stderr[-500:]} (see {errors})")
 
 # %% ../../nbs/training/05_launch.ipynb #b81ed4b2
 def follow(

@@ -96,7 +96,7 @@ def make_optimizers(
     if recipe.optimizer == 'adamw':
         return [torch.optim.AdamW([p for _, p in named], **adamw)]
     inner = [p.ndim == 2 and ('blocks.' in name or 'layers.' in name) and 'modulation' not in name for name, p in named]
-    matrices, rest = ([p for (_, p), is_inner in zip(named, inner) if is_inner == wanted] for wanted in (True, False))
+    matrices, rest = ([p for (_, p), is_inner in zip(named, inner) if is_inner == for_muon] for for_muon in (True, False))
     muon = dict(lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay)
     if dist.is_initialized() and dist.get_world_size() > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -182,8 +182,7 @@ class Critics:
         start: int = 0,  # its step
     ):
         r = run.recipe
-        wanted = stage.objective.perceptual_networks if r.perceptual_weight else ()
-        networks, self.missing = find_perceptual(wanted)
+        networks, self.missing = find_perceptual(stage.objective.perceptual_networks if r.perceptual_weight else ())
         if self.missing and r.require_perceptual:
             raise FileNotFoundError(f"{' '.join(self.missing)} To train without, set require_perceptual=false.")
         self.of = TokenizerCritics(stage.objective, networks).to(accelerator.device)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..files import atomic_path
@@ -234,7 +235,7 @@ def flow_objective(
     "ObjectiveConfig of a recipe."
     return ObjectiveConfig(**{f.name: getattr(recipe, f.name) for f in fields(ObjectiveConfig) if hasattr(recipe, f.name)})
 
-
+# %% ../../nbs/training/01_tasks.ipynb #952fee0c
 class FlowStage(Stage):
     "Text to image, or image to text: the same flow with its ends swapped."
 
@@ -277,24 +278,28 @@ class FlowStage(Stage):
             text_tokens = self.text.projector(features).sample(share)
         return image_to_text_terms(self.trained, tokens, text_tokens, objective=self.objective, generator=share)
 
-    def pictures(self, moments: Tensor, ids: Tensor) -> Tensor | None:  # (b, 3, h, w); None from images to text
-        "Sample images with the default settings."
-        if not self.from_text:
-            return None
-        start, how = self.trained.project(self.features(ids)), self.run.config.sampling
-        z = start.mean + how.temperature * start.std * torch.randn_like(start.mean)
-        z = sample(self.trained.velocity, z, num_inference_steps=how.steps, guidance_scale=how.guidance,
-                   guidance_interval=how.guidance_interval)
-        return self.tokenizer.decode(self.tokenizer.from_flow(z))
+# %% ../../nbs/training/01_tasks.ipynb #45a156c6
+@patch
+def pictures(self: FlowStage, moments: Tensor, ids: Tensor) -> Tensor | None:  # (b, 3, h, w); None from images to text
+    "Sample images with the default settings."
+    if not self.from_text:
+        return None
+    start, settings = self.trained.project(self.features(ids)), self.run.config.sampling
+    z = start.mean + settings.temperature * start.std * torch.randn_like(start.mean)
+    z = sample(self.trained.velocity, z, num_inference_steps=settings.steps, guidance_scale=settings.guidance,
+               guidance_interval=settings.guidance_interval)
+    return self.tokenizer.decode(self.tokenizer.from_flow(z))
 
-    def captions(self, moments: Tensor, ids: Tensor) -> list[str] | None:  # None from text to images
-        "Sample captions with the default settings."
-        if self.from_text:
-            return None
-        how = self.run.config.sampling
-        z = sample(self.trained.velocity, self.image_tokens(moments, ShardedRandom()), num_inference_steps=how.caption_steps,
-                   guidance_scale=how.caption_guidance)
-        return self.text_encoder.decode_ids(self.text.decoder(z).argmax(-1))
+
+@patch
+def captions(self: FlowStage, moments: Tensor, ids: Tensor) -> list[str] | None:  # None from text to images
+    "Sample captions with the default settings."
+    if self.from_text:
+        return None
+    settings = self.run.config.sampling
+    z = sample(self.trained.velocity, self.image_tokens(moments, ShardedRandom()), num_inference_steps=settings.caption_steps,
+               guidance_scale=settings.caption_guidance)
+    return self.text_encoder.decode_ids(self.text.decoder(z).argmax(-1))
 
 # %% ../../nbs/training/01_tasks.ipynb #d9aa05ee
 stage_classes = dict(zip(stages, (TokenizerStage, TextStage, FlowStage, FlowStage)))

@@ -11,14 +11,16 @@ from flowtok.models.flowtok import FlowTok
 from flowtok.models.layers import MLP
 from flowtok.pipeline import FlowTokPipeline
 
+PRECISION = {torch.float16: 'fp16', torch.bfloat16: 'bf16'}
+
 
 def test_modulations_are_computed_once_and_noticed_when_weights_change(monkeypatch):
     model, calls = FlowTok(preset('tiny')), []
     for p in model.dit.parameters():
         torch.nn.init.normal_(p, std=.05)
     fast, x = CachedVelocity(model), torch.randn(2, 16, 16)
-    made = fast.modulations
-    monkeypatch.setattr(fast, 'modulations', lambda times: calls.append(len(times)) or made(times))
+    made = fast.cache.compute
+    monkeypatch.setattr(fast.cache, 'compute', lambda times: calls.append(len(times)) or made(times))
     for _ in range(3):
         sample(fast, x, num_inference_steps=5)
     sample(fast, x, num_inference_steps=5, guidance_scale=1)
@@ -42,7 +44,7 @@ def test_a_long_grid_is_not_kept():
     torch.nn.init.normal_(model.dit.final.linear.weight)
     fast, x = CachedVelocity(model), torch.randn(1, 16, 16)
     found = sample(fast, x, num_inference_steps=MAX_CACHED_STEPS + 1)
-    assert len(fast.cache) <= MAX_CACHED_STEPS and torch.allclose(found, sample(model.velocity, x, num_inference_steps=MAX_CACHED_STEPS + 1), atol=1e-5)
+    assert len(fast.cache.values) <= MAX_CACHED_STEPS and torch.allclose(found, sample(model.velocity, x, num_inference_steps=MAX_CACHED_STEPS + 1), atol=1e-5)
 
 
 def test_weights_made_in_inference_mode_are_never_mistaken():
@@ -87,3 +89,22 @@ def test_an_optimised_pipeline_gives_the_plain_images():
     tokens = [pipe(prompts, generator=torch.Generator().manual_seed(0), output_type='tokens') for pipe in (plain, fast)]
     assert (tokens[0] - tokens[1]).abs().max() <= 1e-5 * tokens[0].abs().max()
     assert plain.caption(images[0]) == fast.caption(images[0])
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_a_data_type_may_change_after_images_were_made(dtype):
+    "Modulations that were kept for float32 blocks are not used for others."
+    def run(pipe): return pipe('a blue star', 4, generator=torch.Generator().manual_seed(0), output_type='pt')
+    pipe = FlowTokPipeline.from_pretrained().optimize()
+    first = run(pipe)
+    assert torch.equal(run(pipe.to(dtype)), run(FlowTokPipeline.from_pretrained(torch_dtype=dtype).optimize(PRECISION[dtype])))
+    assert torch.allclose(run(FlowTokPipeline.from_pretrained().optimize()), first)
+
+
+def test_the_cache_stays_bounded_whatever_is_asked():
+    model = FlowTok(preset('tiny'))
+    cache = CachedVelocity(model).cache
+    for n in (20, MAX_CACHED_STEPS, MAX_CACHED_STEPS + 12, 60, 100):
+        cache.fill(torch.arange(n) / n)
+        assert len(cache.values) <= MAX_CACHED_STEPS
+    assert torch.equal(cache.at(torch.tensor(.5))[0], cache.compute(torch.tensor([.5]))[0][0])
