@@ -114,7 +114,7 @@ class TextConfig:
     length: int = 77  # N, tokens of a caption
     width: int = 768  # C, channels of the frozen features
     vocab_size: int = 49408  # different ids: CLIP's byte pairs; of 'words' the vocabulary, padding and end
-    vocabulary: tuple = ()  # the words that 'words' knows
+    vocabulary: tuple = ()  # words of the text encoder 'words'
     activation: str = 'quick_gelu'  # of CLIP: 'quick_gelu' or 'gelu'
     projector_depth: int = 6
     projector_heads: int = 8

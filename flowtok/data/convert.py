@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGE_ENDINGS', 'TABLES', 'IMAGE_COLUMNS', 'CAPTION_COLUMNS', 'FILE_ENDINGS', 'AHEAD', 'Picture', 'read_json',
            'image_folder', 'coco_pictures', 'mjhq_pictures', 'folder_pictures', 'number_or_text', 'read_rows',
-           'find_column', 'table_pictures', 'Dropped', 'shrink', 'pack_image', 'is_inside', 'read_captions',
-           'make_sample', 'stats_path', 'is_done', 'pack_shard', 'exit_with_parent', 'shared_map', 'check_request',
+           'find_column', 'table_pictures', 'Dropped', 'resize_file', 'pack_image', 'is_inside', 'read_captions',
+           'make_sample', 'stats_path', 'is_done', 'pack_shard', 'init_converter', 'shared_map', 'check_request',
            'list_reasons', 'finish_conversion', 'convert_pictures']
 
 # %% ../../nbs/data/07_convert.ipynb #5e54e3fb
@@ -195,7 +195,7 @@ class Dropped(Exception):
     "An image is not converted; the message is the reason."
 
 
-def shrink(image: Image.Image, ending: str, size: int) -> bytes:
+def resize_file(image: Image.Image, ending: str, size: int) -> bytes:
     "Rotate an image file upright and resize its shorter side."
     image, stream = ImageOps.exif_transpose(image), io.BytesIO()
     ratio = size / min(image.size)
@@ -218,7 +218,7 @@ def pack_image(
             image.load()
             ending, original = FILE_ENDINGS[image.format], image.size
             if size and min(original) > size and image.mode[0] not in 'IF':      # 16 bits begin with I
-                data = shrink(image, ending, size)
+                data = resize_file(image, ending, size)
                 image, original = Image.open(io.BytesIO(data)), ImageOps.exif_transpose(image).size
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise Dropped('too many pixels') from None
@@ -313,7 +313,7 @@ def pack_shard(
 AHEAD = 256  # images that are made before they are written
 
 
-def exit_with_parent() -> None:
+def init_converter() -> None:
     "Worker initialiser: ignore Ctrl-C, exit when the parent process exits."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -339,9 +339,9 @@ def shared_map(
         return
     resource_tracker.ensure_running()               # later, it would let the signal through again
     handler = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})             # inherited, until `exit_with_parent` runs
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})             # inherited, until `init_converter` runs
     try:
-        with ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), exit_with_parent) as pool:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), init_converter) as pool:
             for _ in range(processes):
                 pool.submit(abs, 0)                                              # starts one
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -91,9 +91,9 @@ def draw(
     "Draw random numbers that depend on the generator alone, not on the device or the number of processes."
     share = as_sharded_random(generator)
     generator = share.generator if shape else share.host or share.generator
-    home = device if generator is None else generator.device
+    device_of_noise = device if generator is None else generator.device
     whole = (shape[0] * share.world_size, *shape[1:]) if shape else ()
-    numbers = kind(whole, generator=generator, device=home, dtype=torch.float32)
+    numbers = kind(whole, generator=generator, device=device_of_noise, dtype=torch.float32)
     return (share.own(numbers) if shape else numbers).to(device, non_blocking=numbers.is_cpu)
 
 # %% ../../nbs/flow/01_path.ipynb #a7c2068b

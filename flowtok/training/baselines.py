@@ -305,7 +305,7 @@ def step_memory(
 
 # %% ../../nbs/training/06_baselines.ipynb #d5d591f9
 def train_baseline(
-    twin: Baseline,
+    baseline: Baseline,
     batches: Iterator[tuple[Tensor, Tensor]],  # features (b, n, c) and latents of images (b, k, d), without end
     recipe: Recipe,  # steps, optimizer, rates, averaging, precision
     seed: int = 0,  # of the noise
@@ -313,7 +313,7 @@ def train_baseline(
     look: Callable[[int, float], None] = lambda step, seconds: None,  # with the averaged weights in place
 ) -> float:  # seconds of training; on a CPU of its cores together
     "Train a baseline; it has the averaged weights at the end."
-    network, seconds = twin.network.train(), 0.
+    network, seconds = baseline.network.train(), 0.
     device = next(network.parameters()).device
     clock = time.perf_counter if device.type == 'cuda' else time.process_time   # other programs do not count
     optimizers, ema, share = make_optimizers(network, recipe), Ema(network, recipe.ema), ShardedRandom(torch.Generator(device))
@@ -324,7 +324,7 @@ def train_baseline(
         share.generator.manual_seed(seed_of(seed, 2, step))
         torch.manual_seed(seed_of(seed, 1, step))
         with formats_of(recipe, device):
-            loss = total(twin.terms(features, x1, share), twin.weights)
+            loss = total(baseline.terms(features, x1, share), baseline.weights)
         loss.backward()
         for optimizer, scheduler in zip(optimizers, schedulers):
             optimizer.step()

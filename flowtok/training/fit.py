@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['MAX_NONFINITE_STEPS', 'Batches', 'setup', 'finish', 'Report', 'fit', 'train', 'cache_tokens', 'processes', 'prepare',
-           'scenes_for', 'train_stages', 'exit_with', 'main']
+           'scenes_for', 'train_stages', 'exit_with', 'stop_at_end_of_input', 'main']
 
 # %% ../../nbs/training/04_fit.ipynb #147f3355
 import hashlib
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -337,8 +339,18 @@ def exit_with(work: Callable):
     os._exit(code)                                  # all is written; threads of libraries may not get to abort the exit
 
 
+def stop_at_end_of_input():
+    "Send this process SIGTERM when standard input ends: the notebook that holds the other end of the pipe has exited."
+    while os.read(0, 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main():
     "Entry point of `python -m flowtok.training.fit run.json`: train one stage."
+    if os.environ.get('FLOWTOK_LAUNCHED'):
+        threading.Thread(target=stop_at_end_of_input, daemon=True).start()
+
     def work():
         run = from_json(Path(sys.argv[1]).read_text(), Run)
         prepare(run)

@@ -47,8 +47,8 @@ def launch(
     threads = max(1, (os.cpu_count() or 1) // (processes * stages_at_once))
     old = log.stat().st_ino if log.exists() else None
     with errors.open('w') as sink:
-        process = subprocess.Popen(command, stdout=sink, stderr=sink,
-                                   env=os.environ | keep_memory | {'OMP_NUM_THREADS': str(threads)})
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sink, stderr=sink,   # the pipe ends with this process
+                                   env=os.environ | keep_memory | {'OMP_NUM_THREADS': str(threads), 'FLOWTOK_LAUNCHED': '1'})
     try:
         yield from follow(log, process, old, idle=stages_at_once > 1)
     finally:

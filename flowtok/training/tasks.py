@@ -113,7 +113,7 @@ def plan(
     batch_size: int = 0,  # 0 for the recipe's
     changes: dict | str = '',  # values that differ from the recipe's, by name, or as `parse_changes`
     anchored: bool = True,  # tiny: whether each image token starts from its own part of the image
-    words: tuple = (),  # tiny: that its text encoder knows, as `vocabulary_for`; empty for those of the embedded scenes
+    words: tuple = (),  # tiny: vocabulary of its text encoder, as from `vocabulary_for`; empty for those of the embedded scenes
     **watching,  # seed, clip, init, keep, workers, compile, memory_budget, tensorboard of Run
 ) -> Run:
     "Build the run of a stage."

@@ -5,7 +5,7 @@ from itertools import repeat
 import pytest
 import torch
 
-from flowtok.training import baselines as twins
+from flowtok.training import baselines as baselines
 from flowtok.config import preset, recipe
 from flowtok.flow.path import ShardedRandom
 from flowtok.flow.solver import sample
@@ -15,7 +15,7 @@ from flowtok.training.optim import cpu_has_bf16
 from flowtok.models.tokenizer import ImageTokenizer
 
 tiny = preset('tiny')
-configs = {kind: twins.grid_config(tiny) if kind == 'source 2d' else tiny for kind in twins.KINDS}
+configs = {kind: baselines.grid_config(tiny) if kind == 'source 2d' else tiny for kind in baselines.KINDS}
 
 
 def share(seed=0): return ShardedRandom(torch.Generator().manual_seed(seed))
@@ -23,11 +23,11 @@ def share(seed=0): return ShardedRandom(torch.Generator().manual_seed(seed))
 
 def made(kind, seed=0, **objective):
     torch.manual_seed(seed)
-    twin = twins.Baseline(kind, twins.build_network(configs[kind], kind), ObjectiveConfig(time_sampling='uniform', **objective))
-    for p in twin.network.parameters():                                          # leave the zeros of the beginning
+    baseline = baselines.Baseline(kind, baselines.build_network(configs[kind], kind), ObjectiveConfig(time_sampling='uniform', **objective))
+    for p in baseline.network.parameters():                                          # leave the zeros of the beginning
         p.data += 0.02 * torch.randn(p.shape)
-    twin.network.eval()
-    return twin
+    baseline.network.eval()
+    return baseline
 
 
 def batch(kind, n=5):
@@ -41,19 +41,19 @@ def batch(kind, n=5):
 def test_twins_have_one_size_at_every_scale(scale, kind):
     config = preset(scale)
     with torch.device('meta'):
-        wanted = twins.parameters_of(FlowTok(config))
-        found = twins.parameters_of(twins.build_network(twins.match(config, kind, wanted), kind))
+        wanted = baselines.parameters_of(FlowTok(config))
+        found = baselines.parameters_of(baselines.build_network(baselines.match(config, kind, wanted), kind))
     assert abs(found / wanted - 1) < .05
 
 
 def test_no_width_is_a_sentence():
     with pytest.raises(ValueError, match='5'):
-        twins.match(tiny, 'cross', 10)
+        baselines.match(tiny, 'cross', 10)
 
 
 @pytest.mark.parametrize('kind', ['cross', 'concat'])
 def test_a_new_conditioned_network_answers_zero(kind):
-    network = twins.build_network(tiny, kind)
+    network = baselines.build_network(tiny, kind)
     features, x = batch(kind)
     assert network.velocity(x, torch.rand(5), torch.zeros(5, dtype=torch.long), features).abs().max() == 0
 
@@ -70,29 +70,29 @@ def test_a_condition_is_heard_unless_it_is_null(kind):
 
 @pytest.mark.parametrize('kind', ['cross', 'concat'])
 def test_samples_do_not_hear_each_other(kind):
-    twin, (features, _) = made(kind), batch(kind)
-    both = twin.draw(features, torch.Generator().manual_seed(0), 3, 2.)
-    first = twin.draw(features[:2], torch.Generator().manual_seed(0), 3, 2.)
+    baseline, (features, _) = made(kind), batch(kind)
+    both = baseline.draw(features, torch.Generator().manual_seed(0), 3, 2.)
+    first = baseline.draw(features[:2], torch.Generator().manual_seed(0), 3, 2.)
     assert torch.allclose(both[:2], first, atol=1e-5)
 
 
 def test_the_source_trains_with_flowtoks_own_terms():
-    twin, (features, x1) = made('source'), batch('source')
-    ours = twin.terms(features, x1, share())
-    theirs = text_to_image_terms(twin.network, features, x1, objective=twin.objective, generator=share())
+    baseline, (features, x1) = made('source'), batch('source')
+    ours = baseline.terms(features, x1, share())
+    theirs = text_to_image_terms(baseline.network, features, x1, objective=baseline.objective, generator=share())
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_start_from_noise_learns_the_difference_to_the_noise():
-    twin, (features, x1) = made('concat', indicator_probability=0.), batch('concat')
+    baseline, (features, x1) = made('concat', indicator_probability=0.), batch('concat')
     seen = {}
 
     def velocity(x, t, indicator, text):
         seen.update(x=x, t=t, indicator=indicator)
         x0 = (x - t[:, None, None] * x1) / (1 - t[:, None, None])
         return x1 - x0
-    twin.network.velocity = velocity
-    assert twin.terms(features, x1, share())['flow'].max() < 1e-6 and not seen['indicator'].any()
+    baseline.network.velocity = velocity
+    assert baseline.terms(features, x1, share())['flow'].max() < 1e-6 and not seen['indicator'].any()
 
 
 def test_the_grid_spreads_all_numbers_of_the_text_over_its_cells():
@@ -100,27 +100,27 @@ def test_the_grid_spreads_all_numbers_of_the_text_over_its_cells():
     x = torch.arange(2 * 16 * 16).view(2, 16, 16)
     assert torch.equal(network.spread(x).flatten(1), x.flatten(1)) and network.spread(x).shape == (2, 64, 4)
     uneven = replace(tiny, tokenizer=replace(tiny.tokenizer, num_tokens=9, token_dim=5, anchored=False))
-    posterior = twins.Source2d(uneven).project(batch('source')[0])
+    posterior = baselines.Source2d(uneven).project(batch('source')[0])
     assert posterior.mean.shape == posterior.logvar.shape == (5, 9, 5)
 
 
 def test_the_grid_has_a_tokenizer():
-    config = twins.grid_config(tiny)
+    config = baselines.grid_config(tiny)
     tokenizer = ImageTokenizer(config).eval()
     tokens = tokenizer.encode(torch.rand(2, 3, 64, 64)).mean
     assert tokens.shape == (2, 64, 4) and tokenizer.decode(tokens).shape == (2, 3, 64, 64)
 
 
-@pytest.mark.parametrize('kind', twins.KINDS)
+@pytest.mark.parametrize('kind', baselines.KINDS)
 def test_training_is_repeatable_and_learns(kind):
     losses, weights = [], []
     for _ in range(2):
-        twin, rows, seen = made(kind), batch(kind), []
-        before = twin.terms(*rows, share(9))['flow'].mean().item()
+        baseline, rows, seen = made(kind), batch(kind), []
+        before = baseline.terms(*rows, share(9))['flow'].mean().item()
         how = replace(recipe('tiny', 'text-to-image'), steps=12, warmup=2, precision='fp32')
-        seconds = twins.train_baseline(twin, repeat(rows), how, 3, (6,), lambda step, at: seen.append((step, at)))
-        losses.append(twin.terms(*rows, share(9))['flow'].mean().item())
-        weights.append(torch.cat([p.flatten() for p in twin.network.parameters()]))
+        seconds = baselines.train_baseline(baseline, repeat(rows), how, 3, (6,), lambda step, at: seen.append((step, at)))
+        losses.append(baseline.terms(*rows, share(9))['flow'].mean().item())
+        weights.append(torch.cat([p.flatten() for p in baseline.network.parameters()]))
         assert losses[-1] < before and [step for step, _ in seen] == [6] and 0 < seen[0][1] < seconds
     assert torch.equal(*weights)
 
@@ -128,10 +128,10 @@ def test_training_is_repeatable_and_learns(kind):
 @pytest.mark.parametrize('kind', ['cross', 'concat'])
 @pytest.mark.parametrize('guidance', [1., 2.])
 def test_a_text_is_read_once_for_a_picture(kind, guidance, monkeypatch):
-    twin, (features, x1) = made(kind), batch(kind)
-    network, reads, real = twin.network, [], twin.network.read
+    baseline, (features, x1) = made(kind), batch(kind)
+    network, reads, real = baseline.network, [], baseline.network.read
     monkeypatch.setattr(network, 'read', lambda *a: reads.append(1) or real(*a))
-    fast = twin.draw(features, torch.Generator().manual_seed(0), 4, guidance)
+    fast = baseline.draw(features, torch.Generator().manual_seed(0), 4, guidance)
     assert len(reads) == 1
     noise = torch.randn(x1.shape, generator=torch.Generator().manual_seed(0))
     plain = sample(lambda x, t, indicator: network.velocity(x, t, indicator, features.repeat(len(x) // 5, 1, 1)), noise,
@@ -141,13 +141,13 @@ def test_a_text_is_read_once_for_a_picture(kind, guidance, monkeypatch):
 
 @pytest.mark.parametrize('optimizer, moments', [('adamw', 2), ('muon', 1)])
 def test_memory_grows_with_the_batch_and_leaves_nothing(optimizer, moments):
-    twin = made('source')
+    baseline = made('source')
     def megabytes(n, **values):
         how = replace(recipe('tiny', 'text-to-image'), optimizer=optimizer, **values)
-        return twins.step_memory(twin.network, lambda: twin.terms(*batch('source', n), share())['flow'].mean(), how)
+        return baselines.step_memory(baseline.network, lambda: baseline.terms(*batch('source', n), share())['flow'].mean(), how)
     few, many, half = megabytes(2), megabytes(40), megabytes(40, precision='bf16')
-    own = (3 + moments) * 4 * twins.parameters_of(twin.network) / 1e6
-    assert own < few < many and all(p.grad is None for p in twin.network.parameters())
+    own = (3 + moments) * 4 * baselines.parameters_of(baseline.network) / 1e6
+    assert own < few < many and all(p.grad is None for p in baseline.network.parameters())
     full = megabytes(40, precision='fp32')
     assert half < full if cpu_has_bf16() else half == full
 
@@ -155,4 +155,4 @@ def test_memory_grows_with_the_batch_and_leaves_nothing(optimizer, moments):
 @pytest.mark.parametrize('quality, seconds', [(0, 0), (10, 5), (20, 10), (50, 17.5), (60, 20), (61, None)])
 def test_the_time_to_a_quality_lies_between_the_looks(quality, seconds):
     curve = [{'seconds': s, 'right (%)': r} for s, r in ((10, 20), (20, 60), (30, 40))]
-    assert twins.seconds_to(curve, quality) == seconds
+    assert baselines.seconds_to(curve, quality) == seconds

@@ -507,6 +507,27 @@ def test_two_processes_train_and_refuse_an_odd_batch(shards, tmp_path):
         list(launch(replace(run, stage='text', recipe=replace(run.recipe, batch_size=7)), 2))
 
 
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_training_does_not_outlive_its_notebook(processes, shards, tmp_path):
+    run = replace(short('text', shards, tmp_path, steps=100_000), save_every=100_000)
+    run.folder.mkdir(parents=True)
+    (run.folder / 'run.json').write_text(to_json(run))
+    code = (f"from pathlib import Path; from flowtok.config import from_json; from flowtok.training.launch import launch; from flowtok.training.tasks import Run; "
+            f"list(launch(from_json(Path({str(run.folder / 'run.json')!r}).read_text(), Run), {processes}))")
+    notebook = subprocess.Popen([sys.executable, '-c', code], env=os.environ | {'OMP_NUM_THREADS': '1'})
+    while steps_logged(run) < 3 and notebook.poll() is None:
+        time.sleep(.1)
+    notebook.kill()
+    notebook.wait()
+    for _ in range(300):
+        if checkpoints(run):
+            break
+        time.sleep(.1)
+    step = newest_state(run)['step']
+    time.sleep(1)
+    assert step >= 3 and steps_logged(run) <= step + 1 and not run.weights.exists()
+
+
 def test_two_stages_side_by_side(shards, tmp_path):
     runs = short('tokenizer', shards, tmp_path), short('text', shards, tmp_path, steps=5)
     events = watch(*runs, processes=1)
