@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .config import FlowTokConfig, from_json, stages, to_json
+from .files import write_atomically
 from .data.images import Skip, decode_image, fit_image, to_images, to_pixels
 from .flow.solver import sample
 from .models.fast import CachedVelocity, fuse_gelu
@@ -126,7 +127,7 @@ def save_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     for stage in self.parts if stages is None else stages:
         save_weights(self.parts[stage], folder / f'{stage}.safetensors', dtype, training=False)
-    (folder / 'config.json').write_text(to_json(self.config) + '\n')
+    write_atomically(folder / 'config.json', to_json(self.config) + '\n')
 
 # %% ../nbs/pipeline.ipynb #c3bee928
 DTYPES = torch.float32, torch.bfloat16, torch.float16

@@ -150,6 +150,21 @@ def test_temperature_scales_what_the_draw_decides(pipe):
     assert 0 < near < far and torch.equal(run(0), run(0, pipe.config.sampling.temperature))
 
 
+def test_a_failed_save_leaves_the_old_config(pipe, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path, ())
+    before = (tmp_path / 'config.json').read_bytes()
+    changed = FlowTokPipeline(replace(pipe.config, sampling=replace(pipe.config.sampling, steps=7)))
+
+    def write_half(self, text, **_):
+        with self.open('w') as file:
+            file.write(text[:len(text) // 2])
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('pathlib.Path.write_text', write_half)
+    with pytest.raises(OSError):
+        changed.save_pretrained(tmp_path, ())
+    assert [path.name for path in tmp_path.iterdir()] == ['config.json'] and (tmp_path / 'config.json').read_bytes() == before
+
+
 def test_save_and_load_give_the_same(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = FlowTokPipeline.from_pretrained(tmp_path)

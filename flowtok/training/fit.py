@@ -31,6 +31,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..data.token_cache import check_cache, holds_tokens, write_token_cache
 from ..config import from_json, stages, to_json
+from ..files import write_atomically
 from ..data.images import to_images
 from .checkpointing import (Log, GracefulStop, Stopped, checkpoints, all_gather_object, newest_state, progress_line, restore,
                              save_checkpoint, show_progress, source_warning, loggable_values, training_state)
@@ -119,7 +120,7 @@ def finish(run: Run, stage: Stage, ema: Ema, device: torch.device):
         if run.stage == 'tokenizer' and run.recipe.whiten:
             fresh = Batches(run, stage, device, batch_size=16)
             stage.trained.measure_tokens(torch.cat([stage.trained.encode(next(fresh)[0]).mean for _ in range(125)]))
-        (Path(run.out) / 'config.json').write_text(to_json(run.config) + '\n')
+        write_atomically(Path(run.out) / 'config.json', to_json(run.config) + '\n')
         save_weights(stage.trained, run.weights)
     for path in checkpoints(run):
         path.unlink()
@@ -313,7 +314,7 @@ def train_stages(
             continue
         if first:
             run.folder.mkdir(parents=True, exist_ok=True)
-            (run.folder / 'run.json').write_text(to_json(run))
+            write_atomically(run.folder / 'run.json', to_json(run))
         events = []
 
         def tell(line):

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from ..config import to_json
+from ..files import write_atomically
 from .tasks import Run
 from .checkpointing import progress_line
 
@@ -38,7 +39,7 @@ def launch(
     "Train a stage in new processes and yield the lines of its log."
     processes = processes or default_processes(run)
     run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / 'run.json').write_text(to_json(run))
+    write_atomically(run.folder / 'run.json', to_json(run))
     log, errors = run.folder / 'log.jsonl', run.folder / 'errors.txt'
     command = [sys.executable, '-m']
     if processes > 1:
