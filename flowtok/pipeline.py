@@ -23,7 +23,7 @@ from .config import FlowTokConfig, from_json, stages, to_json
 from .files import write_atomically
 from .data.images import Skip, decode_image, fit_image, to_images, to_pixels
 from .flow.solver import sample
-from .models.fast import CachedVelocity, fuse_gelu
+from .models.fast import CachedVelocity, align_swiglu, fuse_gelu
 from .models.flowtok import FlowTok, direction_config, load_weights, save_weights
 from .models.layers import float32_default
 from .models.text import TextAutoencoder, text_encoder
@@ -448,6 +448,7 @@ def optimize(
             side.compile(dynamic=False)
     for part in (self.text_encoder, *self.parts.values()):
         fuse_gelu(part)
+        align_swiglu(part)
     self.velocities = {stage: CachedVelocity(part, compile) for stage, part in self.parts.items() if isinstance(part, FlowTok)}
     self.compiled = compile
     return self

@@ -1,8 +1,12 @@
 "What needs a GPU: python -m pytest -q -m cuda"
+import copy
+
 import pytest
 import torch
 
 from flowtok.data.shapes import write_shards
+from flowtok.models.fast import align_swiglu, fuse_gelu
+from flowtok.models.layers import MLP, SwiGLU
 from flowtok.pipeline import FlowTokPipeline
 from flowtok.training.fit import prepare, train
 from flowtok.training.tasks import plan
@@ -37,6 +41,16 @@ def test_half_precision_on_a_gpu(dtype, on_cpu):
 def test_optimised_on_a_gpu(how, on_cpu):
     pipe = FlowTokPipeline.from_pretrained().to('cuda').optimize(**how)
     assert (images_of(pipe) - on_cpu).abs().mean() < (.03 if how.get('precision') else 1e-3)
+
+
+@pytest.mark.parametrize('dtype, bound', [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_fused_layers_on_a_gpu(dtype, bound):
+    for width, plain in ((96, MLP(96, 'tanh')), (96, MLP(96)), (1024, SwiGLU(1024))):
+        plain.to('cuda', dtype)
+        fast, x = copy.deepcopy(plain), torch.randn(7, 5, width, device='cuda', dtype=dtype)
+        fuse_gelu(fast), align_swiglu(fast)
+        with torch.no_grad():
+            assert type(fast) is not type(plain) and (fast(x) - plain(x)).norm() < bound * plain(x).norm()
 
 
 def test_a_generator_may_live_on_the_gpu():

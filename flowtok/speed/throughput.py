@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from ..config import FlowTokConfig, preset, recipe, stages
 from .roofline import evaluations, floor, image_operations, measure_ceilings, peak_memory, time_interleaved, seconds, stage_costs, training_operations
 from ..flow.path import ShardedRandom
-from ..models.fast import CachedVelocity, fuse_gelu
+from ..models.fast import CachedVelocity, align_swiglu, fuse_gelu
 from ..models.flowtok import FlowTok
-from ..pipeline import FlowTokPipeline
+from ..pipeline import PRECISIONS, FlowTokPipeline
 from .reference import make_noise, plain_generate, plain_training, relative
 from ..experiments.paper import SOURCES, TABLE_2
 from ..experiments.records import RunRecord, record, write_record, write_table
@@ -119,16 +119,21 @@ def trick_rows(
     batch_size: int,
     steps: int,
     repeats: int = 3,
+    precision: str = 'fp32',  # of the blocks
 ) -> list[dict]:  # a row of a table for each trick
     "Time of the plain pipeline with each trick of `flowtok.models.fast` alone, and with all."
-    fused, cached = copy.deepcopy(pipe), copy.deepcopy(pipe)
-    fuse_gelu(fused)
+    plain = copy.deepcopy(pipe).to(PRECISIONS[precision])
+    fused, aligned, cached = (copy.deepcopy(plain) for _ in range(3))
+    for part in ('tokenizer', 'text_to_image', 'text_encoder'):
+        fuse_gelu(getattr(fused, part))
+        align_swiglu(getattr(aligned, part))
     cached.velocities = {'text-to-image': CachedVelocity(cached.text_to_image)}
-    versions = {'plain': pipe, 'fused GELU': fused, 'cached modulation': cached, 'optimize()': copy.deepcopy(pipe).optimize()}
+    versions = {'plain': plain, 'fused GELU': fused, 'aligned SwiGLU': aligned, 'cached modulation': cached,
+                'optimize()': copy.deepcopy(pipe).optimize(precision)}
     outputs = {}
     calls = {name: lambda name=name, which=which: outputs.update({name: generate_fixed(which, batch_size, steps)}) for name, which in versions.items()}
     times = {name: statistics.median(found) for name, found in time_interleaved(calls, pipe.device, repeats).items()}
-    return [{'version': name, 'model': pipe.config.name, 'images a call': batch_size, 'steps': steps, 'seconds': took, 'images a second': batch_size / took,
+    return [{'version': name, 'model': pipe.config.name, 'precision': precision, 'images a call': batch_size, 'steps': steps, 'seconds': took, 'images a second': batch_size / took,
              'gain (%)': 100 * (times['plain'] / took - 1), 'relative difference': f'{relative(outputs[name], outputs["plain"]):.0e}'}
             for name, took in times.items()]
 
@@ -214,6 +219,8 @@ def our_training(
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state(reset_partial_state=True)
     cpu = next(stage.parameters()).device.type == 'cpu'
+    if not cpu:
+        align_swiglu(stage)
     accelerator = Accelerator(cpu=cpu, mixed_precision='no' if precision == 'fp32' else precision)
     optimizers, ema = make_optimizers(stage.trained, stage.run.recipe), Ema(stage.trained, stage.run.recipe.ema)
     model, *optimizers = accelerator.prepare(stage, *optimizers, device_placement=[True] + [False] * len(optimizers))
@@ -327,7 +334,7 @@ def run_benchmark(
     pipe = make_pipeline(config, device)
     sampled = compare_sampling(pipe, batch_size, steps, repeats=repeats)
     found['sampling'] = sampled.rows(batch_size, image_operations(config, steps), found['ceilings'])
-    found['tricks'] = trick_rows(pipe, batch_size, steps, repeats)
+    found['tricks'] = [row for precision in ('fp32', 'bf16')[:1 + (device.type == 'cuda')] for row in trick_rows(pipe, batch_size, steps, repeats, precision)]
     for name in list(sampled.times)[2:]:                                         # the optimised ones
         precision = name.split()[-1]
         rows = stage_rows(pipe.optimize(precision), batch_size, steps, found['ceilings'], precision, repeats)

@@ -35,6 +35,7 @@ from ..files import write_atomically
 from ..data.images import to_images
 from .checkpointing import (Log, GracefulStop, Stopped, checkpoints, all_gather_object, newest_state, progress_line, restore,
                              save_checkpoint, show_progress, source_warning, loggable_values, training_state)
+from ..models.fast import align_swiglu
 from ..models.flowtok import load_weights, save_weights
 from .tasks import Run, Stage, earlier_weights, stage_classes, weights_file
 from .optim import Critics, Ema, StepSeeds, cpu_has_bf16, learning_rate_factor, make_optimizers, train_step
@@ -103,6 +104,8 @@ def setup(run: Run):  # accelerator, stage
     stage = stage_classes[run.stage](run)
     if run.init and weights_file(run.init, run.stage).exists():
         load_weights(stage.trained, weights_file(run.init, run.stage))
+    if accelerator.device.type == 'cuda':
+        align_swiglu(stage)
     if run.compile:
         functorch.activation_memory_budget = run.memory_budget
         for blocks in (m for m in stage.trained.modules() if isinstance(m, nn.ModuleList)):

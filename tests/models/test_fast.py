@@ -6,9 +6,9 @@ import torch
 
 from flowtok.config import preset
 from flowtok.flow.solver import sample
-from flowtok.models.fast import MAX_CACHED_STEPS, CachedVelocity, fuse_gelu, linear_gelu
+from flowtok.models.fast import MAX_CACHED_STEPS, CachedVelocity, align_swiglu, fuse_gelu, linear_gelu
 from flowtok.models.flowtok import FlowTok
-from flowtok.models.layers import MLP
+from flowtok.models.layers import MLP, SwiGLU
 from flowtok.pipeline import FlowTokPipeline
 
 PRECISION = {torch.float16: 'fp16', torch.bfloat16: 'bf16'}
@@ -79,6 +79,21 @@ def test_an_mlp_keeps_weights_and_values(kind):
     with torch.no_grad():
         assert torch.allclose(fast(x), plain(x), atol=1e-5)
     assert fast.state_dict().keys() == plain.state_dict().keys() and type(fast[0]) is not MLP and type(plain[0]) is MLP
+
+
+@pytest.mark.parametrize('width', [24, 32, 50])
+def test_an_aligned_swiglu_keeps_weights_values_and_gradients(width):
+    "Hidden widths of 64, which is left alone, 85 and 133."
+    plain, x = torch.nn.Sequential(SwiGLU(width), torch.nn.Linear(width, 8)), torch.randn(3, 5, width)
+    fast = copy.deepcopy(plain)
+    align_swiglu(fast)
+    for part in (plain, fast):
+        part(x).square().sum().backward()
+    assert torch.allclose(fast(x), plain(x), atol=1e-5)
+    for a, b in zip(fast.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+    assert (type(fast[0]) is SwiGLU) == (width == 24) and type(plain[0]) is SwiGLU
 
 
 def test_an_optimised_pipeline_gives_the_plain_images():
