@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['RUN_FOLDER', 'check_output_folder', 'new_run_folder', 'run_folder', 'Between', 'number_type', 'describe', 'is_good',
-           'check_parameters', 'DisplayLine', 'progress', 'asked_paths', 'with_run_folder', 'RunFolderHandler',
-           'watch_papermill']
+           'check_parameters', 'DisplayLine', 'progress', 'PapermillCall', 'parse_papermill', 'can_resume',
+           'papermill_folder', 'with_run_folder', 'RunFolderHandler', 'watch_papermill']
 
 # %% ../../nbs/experiments/02_notebooks.ipynb #0595213c
 import difflib
+import hashlib
+import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -155,40 +158,78 @@ def progress(
     return tqdm(iterable, total=total, desc=desc, file=line, mininterval=0.5, ncols=90)
 
 # %% ../../nbs/experiments/02_notebooks.ipynb #4f803812
-def asked_paths(
+@dataclass(frozen=True)
+class PapermillCall:
+    "What a papermill call for a notebook of this repository asks for."
+    notebook: str
+    output: str  # '' where none is given
+    parameters: dict[str, str]  # of -p and -r, as they were typed
+    files: tuple[str, ...]  # of -f, -y and -b: parameters in another form
+
+
+def parse_papermill(
     command,  # papermill's click command
     args: list[str],  # the words after `papermill`
-) -> tuple[str, str] | None:  # notebook and output path (empty when not given); None when the call is none of ours
-    "What a papermill call wants to run and to write, when its notebook belongs to this repository."
+) -> PapermillCall | None:  # None when the call is none of ours
+    "Read a papermill command line with papermill's own parser."
     context = command.context_class(command, resilient_parsing=True)
     values = command.make_parser(context).parse_args(list(args))[0]
     notebook, output = ('' if not isinstance(values.get(name), str) else values[name]
                         for name in ('notebook_path', 'output_path'))
     only_asks = any(values.get(flag) is True for flag in ('help', 'help_notebook', 'version'))
-    if only_asks or not notebook.endswith('.ipynb') or not Path(notebook).is_file():
+    if only_asks or not notebook.endswith('.ipynb') or not Path(notebook).is_file() or not find_repository(Path(notebook).resolve().parent):
         return None
-    return (notebook, output) if find_repository(Path(notebook).resolve().parent) else None
+    pairs = [pair for option in ('parameters', 'parameters_raw') for pair in values.get(option) or ()]
+    others = [text for option in ('parameters_file', 'parameters_yaml', 'parameters_base64') for text in values.get(option) or ()]
+    return PapermillCall(notebook, output, dict(pairs), tuple(others))
+
+# %% ../../nbs/experiments/02_notebooks.ipynb #ffbff79b
+def can_resume(notebook: Path) -> bool:
+    "Whether a notebook has the parameter `resume`."
+    cells = json.loads(notebook.read_text(encoding='utf-8')).get('cells', [])
+    tagged = [''.join(cell['source']) for cell in cells if 'parameters' in cell.get('metadata', {}).get('tags', [])]
+    return any(line.startswith('resume') for source in tagged for line in source.splitlines())
 
 
+def papermill_folder(
+    call: PapermillCall,  # without an output path
+    root: Path,  # of the repository
+) -> Path:  # created where it is absent
+    "Folder of a papermill call: `-p out`, one named after the parameters where the notebook can resume, else a new one."
+    notebook, given = Path(call.notebook).resolve(), dict(call.parameters)
+    out, _ = given.pop('out', ''), given.pop('resume', '')
+    if out:
+        return check_output_folder(root / out)
+    if not (given or call.files) or not can_resume(notebook):
+        return new_run_folder(notebook.stem, root)
+    words = [f'{name}={value}' for name, value in sorted(given.items())]
+    content = [*words, *(Path(file).read_text() if Path(file).is_file() else file for file in call.files)]
+    readable = re.sub(r'[^A-Za-z0-9.=+-]+', '_', '-'.join([notebook.stem, *words]))[:80]
+    return check_output_folder(root / 'papers_results' / 'runs' / f"{readable}-{hashlib.sha256(repr(content).encode()).hexdigest()[:6]}")
+
+# %% ../../nbs/experiments/02_notebooks.ipynb #9e7e9ca4
 def with_run_folder(
     command,  # papermill's click command
     args: list[str],  # the words after `papermill`
 ) -> list[str] | None:  # the words to use instead; None leaves the call as it is
     "Add the missing output path to a papermill call, and tell the notebook its folder."
     try:
-        asked = asked_paths(command, args)
+        call = parse_papermill(command, args)
     except Exception:  # whatever is wrong with the call, papermill itself says it better
         return None
-    if asked is None or asked[1] == '-' or '://' in asked[1]:
+    if call is None or call.output == '-' or '://' in call.output:
         return None
-    notebook, output = Path(asked[0]).resolve(), asked[1]
-    root = find_repository(notebook.parent)
     try:
-        folder = Path(output).absolute().parent if output else new_run_folder(notebook.stem, root)
+        folder = Path(call.output).absolute().parent if call.output else papermill_folder(call, find_repository(Path(call.notebook).resolve().parent))
     except OSError as error:
         sys.exit(str(error))
     os.environ[RUN_FOLDER] = str(folder)
-    return None if output else [*args, os.path.relpath(folder / 'run.ipynb')]
+    if call.output:
+        return None
+    run = folder / 'run.ipynb'
+    if run.exists():
+        run.rename(folder / f"run-{time.strftime('%Y%m%d-%H%M%S', time.localtime(run.stat().st_mtime))}.ipynb")
+    return [*args, os.path.relpath(run)]
 
 # %% ../../nbs/experiments/02_notebooks.ipynb #de1c8061
 class RunFolderHandler:

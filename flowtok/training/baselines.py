@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['crossflow', 'KINDS', 'CrossAttention', 'CrossBlock', 'initialize_as_dit', 'Conditioned', 'Source2d', 'grid_config',
-           'parameters_of', 'build_network', 'match', 'Baseline', 'formats_of', 'step_memory', 'train_baseline',
-           'seconds_to']
+           'parameters_of', 'build_network', 'match', 'Baseline', 'formats_of', 'step_memory', 'BaselineStage',
+           'train_baseline', 'seconds_to']
 
 # %% ../../nbs/training/06_baselines.ipynb #8a29d8dc
 import math
@@ -13,21 +13,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import FlowConfig, FlowTokConfig, Recipe, SourceConfig, TokenizerConfig, check_heads
 from ..flow.path import ShardedRandom, draw, draw_indicator, interpolate, sample_time, velocity_target
 from ..flow.solver import sample
 from ..models.layers import DiagonalGaussian, FinalLayer, ModulatedBlock, TimeEmbedding, sinusoid_positions
 from ..models.flowtok import DiT, FlowTok, source_distribution
-from ..losses.objective import ObjectiveConfig, text_to_image_terms, total
+from ..losses.objective import ObjectiveConfig, text_to_image_terms
 from ..models.text import AlignmentMLP, TextProjector
-from .optim import Ema, cpu_has_bf16, make_optimizers, learning_rate_factor, seed_of
+from .optim import Ema, amp_precision, make_optimizers, training_steps
+from .tasks import Run
 
 # %% ../../nbs/training/06_baselines.ipynb #08864ea7
 class CrossAttention(nn.Module):
@@ -271,8 +270,8 @@ def formats_of(
     device: torch.device,
 ):  # a context
     "Autocast context of a recipe."
-    fast = recipe.precision == 'bf16' and (device.type != 'cpu' or cpu_has_bf16())
-    return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
+    kind = amp_precision(recipe.precision, device)
+    return nullcontext() if kind == 'no' else torch.autocast(device.type, {'bf16': torch.bfloat16, 'fp16': torch.float16}[kind])
 
 
 def step_memory(
@@ -304,6 +303,17 @@ def step_memory(
     return (3 * learned + remembered + sum(size for place, size in kept.items() if place not in own)) / 1e6
 
 # %% ../../nbs/training/06_baselines.ipynb #d5d591f9
+class BaselineStage(nn.Module):
+    "A baseline as the training loop takes it."
+    def __init__(self, baseline: Baseline, recipe: Recipe):
+        super().__init__()
+        self.baseline, self.trained, self.weights = baseline, baseline.network, baseline.weights
+        self.run = Run('text-to-image', baseline.network.config, recipe, '', '')
+
+    def forward(self, features: Tensor, x1: Tensor, share: ShardedRandom) -> dict[str, Tensor]:
+        return self.baseline.terms(features, x1, share)
+
+
 def train_baseline(
     baseline: Baseline,
     batches: Iterator[tuple[Tensor, Tensor]],  # features (b, n, c) and latents of images (b, k, d), without end
@@ -313,36 +323,30 @@ def train_baseline(
     look: Callable[[int, float], None] = lambda step, seconds: None,  # with the averaged weights in place
 ) -> float:  # seconds of training; on a CPU of its cores together
     "Train a baseline; it has the averaged weights at the end."
-    network, seconds = baseline.network.train(), 0.
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    network, stage, paused = baseline.network.train(), BaselineStage(baseline, recipe), 0.
     device = next(network.parameters()).device
     clock = time.perf_counter if device.type == 'cuda' else time.process_time   # other programs do not count
-    optimizers, ema, share = make_optimizers(network, recipe), Ema(network, recipe.ema), ShardedRandom(torch.Generator(device))
-    schedulers = [LambdaLR(optimizer, partial(learning_rate_factor, recipe=recipe)) for optimizer in optimizers]
-    for step in range(1, recipe.steps + 1):
-        features, x1 = next(batches)
-        began = clock()
-        share.generator.manual_seed(seed_of(seed, 2, step))
-        torch.manual_seed(seed_of(seed, 1, step))
-        with formats_of(recipe, device):
-            loss = total(baseline.terms(features, x1, share), baseline.weights)
-        loss.backward()
-        for optimizer, scheduler in zip(optimizers, schedulers):
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-        ema.update(step - 1)
-        seconds += clock() - began
+    accelerator = Accelerator(cpu=device.type == 'cpu', mixed_precision=amp_precision(recipe.precision, device))
+    optimizers, ema, began = make_optimizers(network, recipe), Ema(network, recipe.ema), clock()
+    model, *optimizers = accelerator.prepare(stage, *optimizers, device_placement=[True] + [False] * len(optimizers))
+    for step, _ in training_steps(accelerator, model, stage, optimizers, ema, batches, seed):
         if step in stops:
+            stopped = clock()
             with ema.applied():
                 network.eval()
-                look(step, seconds)
+                look(step, stopped - began - paused)
                 network.train()
+            paused += clock() - stopped
+    seconds = clock() - began - paused
     for p, mean in zip(ema.live, ema.mean):
         p.data.copy_(mean)
     network.eval()
+    AcceleratorState._reset_state(reset_partial_state=False)                     # the next training may have another precision
     return seconds
 
-
+# %% ../../nbs/training/06_baselines.ipynb #4831d0e3
 def seconds_to(
     curve: list[dict],  # 'seconds' and 'right (%)', rising in time
     quality: float,  # percent

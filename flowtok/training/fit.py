@@ -16,9 +16,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,18 +27,17 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch._functorch import config as functorch
-from torch.optim.lr_scheduler import LambdaLR
 
 from ..data.token_cache import check_cache, holds_tokens, write_token_cache
 from ..config import from_json, stages, to_json
-from ..files import write_atomically
+from ..files import lock_folder, write_atomically
 from ..data.images import to_images
 from .checkpointing import (Log, GracefulStop, Stopped, checkpoints, all_gather_object, newest_state, progress_line, restore,
                              save_checkpoint, show_progress, source_warning, loggable_values, training_state)
 from ..models.fast import align_swiglu
 from ..models.flowtok import load_weights, save_weights
 from .tasks import Run, Stage, earlier_weights, stage_classes, weights_file
-from .optim import Critics, Ema, StepSeeds, cpu_has_bf16, learning_rate_factor, make_optimizers, train_step
+from .optim import Critics, Ema, amp_precision, learning_rate_factor, make_optimizers, training_steps
 from ..data.mixture import find_sources
 from ..data.loader import open_batches
 from ..models.tokenizer import ImageTokenizer
@@ -90,8 +89,7 @@ def setup(run: Run):  # accelerator, stage
     cpu = not torch.cuda.is_available()
     unused = DistributedDataParallelKwargs(                                # text dropped, terms of weight 0
         find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False)
-    slow = cpu and (run.recipe.precision == 'fp16' or not cpu_has_bf16())
-    precision = 'no' if run.recipe.precision == 'fp32' or slow else run.recipe.precision
+    precision = amp_precision(run.recipe.precision, torch.device('cpu' if cpu else 'cuda'))
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[unused],
                               log_with='tensorboard' if run.tensorboard else None, project_dir=str(run.folder))
     own = run.recipe.batch_size // accelerator.num_processes
@@ -206,22 +204,17 @@ def fit(
     start = state['step']
     if start:
         restore(state, stage, ema, optimizers)
-    schedulers = [LambdaLR(optimizer, partial(learning_rate_factor, recipe=recipe), start - 1) for optimizer in optimizers]
     model, *optimizers = accelerator.prepare(stage, *optimizers, device_placement=[True] + [False] * len(optimizers))
     critics = Critics(run, stage, accelerator, state.get('critics'), start) if getattr(stage, 'critical', False) else None
     if accelerator.scaler is not None and state.get('scaler'):
         accelerator.scaler.load_state_dict(state['scaler'])
     batches = Batches(run, stage, device, accelerator.process_index, accelerator.num_processes, position=state['position'], workers=run.workers)
-    seeds, report = StepSeeds(run, accelerator), Report(run, stage, ema, accelerator, start, tell)
+    report = Report(run, stage, ema, accelerator, start, tell)
     for sentence in critics.missing if critics else ():
         report.warn(start, missing=sentence)
     group = dist.new_group(backend='gloo') if accelerator.num_processes > 1 else None
     del state                                                                    # as large as the model
-    for step in range(start + 1, recipe.steps + 1):
-        losses = train_step(accelerator, model, stage, optimizers, next(batches), seeds.of_step(step), critics, step - 1)
-        ema.update(step - 1)
-        for scheduler in schedulers:
-            scheduler.step()
+    for step, losses in training_steps(accelerator, model, stage, optimizers, ema, batches, run.seed, start, critics):
         report(step, losses, learning_rate_factor(step - 1, recipe))
         last, signal = step == recipe.steps, stop.seen(group)
         if not last and (signal or step % run.save_every == 0):
@@ -243,10 +236,13 @@ def train(
     run: Run,
     tell: Callable = lambda line: None,  # gets each line of the log, in the first process
 ):
-    "Train one stage; resumes from its newest checkpoint."
+    "Train one stage; resumes from its newest checkpoint. OSError where another process trains in its folder."
     from accelerate.state import AcceleratorState
+    first = int(os.environ.get('RANK', 0)) == 0
     try:
-        with GracefulStop() as stop:
+        with lock_folder(run.folder) if first else nullcontext(), GracefulStop() as stop:
+            if first:
+                write_atomically(run.folder / 'run.json', to_json(run))
             fit(run, stop, tell)
     finally:
         AcceleratorState._reset_state(reset_partial_state=False)                 # the next stage may have another precision
@@ -306,7 +302,6 @@ def train_stages(
 ):
     "Train stages one after the other, each unless its weights are there, and print the progress."
     state = processes()
-    first = state.is_main_process
     if runs[0].data == 'scenes':
         with state.main_process_first():
             scenes_for(runs[0].out, runs[0].config, samples, anywhere)
@@ -315,9 +310,7 @@ def train_stages(
         if run.weights.exists():
             print(f'{run.weights} is there, nothing to do', flush=True)
             continue
-        if first:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(run.folder / 'run.json', to_json(run))
+        run.folder.mkdir(parents=True, exist_ok=True)
         events = []
 
         def tell(line):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['cpu_has_bf16', 'orthogonalize', 'Muon', 'learning_rate_factor', 'make_optimizers', 'Ema', 'seed_of', 'StepSeeds',
-           'step_if_finite', 'Critics', 'mean_losses', 'train_step']
+           'step_if_finite', 'Critics', 'mean_losses', 'train_step', 'amp_precision', 'training_steps']
 
 # %% ../../nbs/training/02_optim.ipynb #237fe4a0
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -143,8 +144,8 @@ def seed_of(
 class StepSeeds:
     "Random numbers of a step, seeded by run, step and process: the same however often the run was stopped before."
 
-    def __init__(self, run: Run, accelerator):
-        self.seed, self.rank = run.seed, accelerator.process_index
+    def __init__(self, seed: int, accelerator):
+        self.seed, self.rank = seed, accelerator.process_index
         device, n = accelerator.device, accelerator.num_processes
         self.share = ShardedRandom(torch.Generator(device), self.rank, n, None if device.type == 'cpu' else torch.Generator())
 
@@ -253,3 +254,31 @@ def train_step(
     if critics and critics.of.active(step):
         losses |= critics.learn(accelerator, *map(torch.cat, zip(*images)), broken)
     return losses
+
+# %% ../../nbs/training/02_optim.ipynb #0a6171a5
+def amp_precision(precision: str, device: torch.device) -> str:  # 'no', 'bf16' or 'fp16', as accelerate takes it
+    "Precision of autocast on a device: none on a CPU that does not multiply in it."
+    slow = device.type == 'cpu' and (precision == 'fp16' or not cpu_has_bf16())
+    return 'no' if precision == 'fp32' or slow else precision
+
+
+def training_steps(
+    accelerator,  # accelerate.Accelerator
+    model: nn.Module,  # the prepared stage
+    stage: Stage,  # the same, bare
+    optimizers: list,  # prepared
+    ema: Ema,
+    batches: Iterator[tuple[Tensor, ...]],  # rows of this process, on the device, without end
+    seed: int = 0,  # of the randomness
+    start: int = 0,  # steps that are done already
+    critics: Critics | None = None,  # of the tokenizer
+) -> Iterator[tuple[int, dict[str, Tensor]]]:  # step from 1, and its losses as `train_step` gives them
+    "Train to the recipe's last step."
+    recipe, seeds = stage.run.recipe, StepSeeds(seed, accelerator)
+    schedulers = [LambdaLR(getattr(optimizer, 'optimizer', optimizer), partial(learning_rate_factor, recipe=recipe), start - 1) for optimizer in optimizers]
+    for step in range(start + 1, recipe.steps + 1):
+        losses = train_step(accelerator, model, stage, optimizers, next(batches), seeds.of_step(step), critics, step - 1)
+        ema.update(step - 1)
+        for scheduler in schedulers:
+            scheduler.step()
+        yield step, losses

@@ -138,8 +138,35 @@ def test_results_that_cannot_be_written_are_said_at_once(repository):
     ['nbs/train.ipynb'], ['-p', 'scale', 'xl', 'nbs/train.ipynb'], ['nbs/train.ipynb', '-pscale', 'xl', '-ra', 'b'],
     ['--cwd=nbs', '-f', 'x.yaml', '--', 'nbs/train.ipynb'], ['-k', 'python3', '--no-progress-bar', 'nbs/train.ipynb']])
 def test_every_way_to_write_options_leaves_one_notebook(repository, words):
-    assert runs.asked_paths(papermill, words) == ('nbs/train.ipynb', '')
+    call = runs.parse_papermill(papermill, words)
+    assert (call.notebook, call.output) == ('nbs/train.ipynb', '')
     assert runs.with_run_folder(papermill, words)[:-1] == words
+
+
+@pytest.fixture
+def resumable(repository):
+    "The same repository with a notebook that can resume."
+    cells = [new_code_cell("scale = 'tiny'\nresume = 'auto'  # or never\nout = ''", metadata={'tags': ['parameters']})]
+    nbformat.write(new_notebook(cells=cells), 'nbs/train.ipynb')
+    return repository
+
+
+def folder_of(*words):
+    return Path(runs.with_run_folder(papermill, ['nbs/train.ipynb', *words])[-1]).parent
+
+
+def test_the_same_line_typed_again_goes_on_in_its_folder(resumable):
+    first = folder_of('-p', 'scale', 'xl', '-p', 'data', '/data/a b')
+    (first / 'run.ipynb').write_text('of the first time')
+    assert folder_of('-p', 'data', '/data/a b', '-r', 'scale', 'xl', '-p', 'resume', 'never') == first
+    assert not (first / 'run.ipynb').exists() and [file.read_text() for file in first.glob('run-*.ipynb')] == ['of the first time']
+    assert len({first, folder_of('-p', 'scale', 'xl'), folder_of('-p', 'scale', 'h'), folder_of('-p', 'scale', 'xl', '-p', 'data', '/data/a_b')}) == 4
+    assert len({folder_of('-y', 'scale: xl'), folder_of('-y', 'scale: h'), folder_of(), folder_of()}) == 4
+
+
+def test_a_folder_asked_for_holds_the_notebook_too(resumable, tmp_path):
+    assert folder_of('-p', 'out', 'mine').resolve() == resumable / 'mine'
+    assert folder_of('-p', 'scale', 'xl', '-p', 'out', str(tmp_path / 'there')).resolve() == tmp_path / 'there'
 
 
 @pytest.mark.parametrize('words', [
