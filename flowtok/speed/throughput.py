@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Comparison', 'make_pipeline', 'some_prompts', 'generate_fixed', 'compare_sampling', 'trick_rows', 'stage_rows',
            'whole_picture', 'BenchFlowStage', 'make_stage', 'make_batch', 'our_training', 'compare_training',
-           'training_rows', 'break_even', 'compile_row', 'run_benchmark', 'speed_record', 'benchmark']
+           'training_rows', 'muon_rows', 'break_even', 'compile_row', 'run_benchmark', 'speed_record', 'benchmark']
 
 # %% ../../nbs/speed/03_throughput.ipynb #56aacd62
 import copy
@@ -35,7 +35,7 @@ from ..experiments.paper import SOURCES, TABLE_2
 from ..experiments.records import RunRecord, record, write_record, write_table
 from ..training.tasks import FlowStage, Run, Stage, stage_classes
 from ..models.tokenizer import ImageTokenizer
-from ..training.optim import Ema, cpu_has_bf16, make_optimizers, train_step
+from ..training.optim import Ema, Muon, cpu_has_bf16, make_optimizers, train_step
 
 # %% ../../nbs/speed/03_throughput.ipynb #1d33308e
 @dataclass(frozen=True)
@@ -280,6 +280,25 @@ def training_rows(
             rows.append({'stage': stage} | row | {'tokens a second': row['samples a second'] * config.tokenizer.num_tokens, 'tokens': tokens})
     return rows
 
+# %% ../../nbs/speed/03_throughput.ipynb #a8c5ac29
+def muon_rows(
+    config: FlowTokConfig = preset('tiny'),  # whose flow's matrices are moved
+    repeats: int = 3,
+    device: torch.device = torch.device('cpu'),
+) -> list[dict]:  # a row of a table for each optimiser
+    "Time of an optimiser step for the matrices in a flow's blocks."
+    shapes = [p.shape for p in FlowTok(config).dit.blocks.parameters() if p.ndim == 2]
+    def stepper(kind):
+        parameters = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        return kind(parameters, lr=1e-3, weight_decay=0.).step
+    kinds = {'torch.optim.AdamW': torch.optim.AdamW, 'flowtok.training.optim.Muon': Muon} | (
+        {'torch.optim.Muon': torch.optim.Muon} if hasattr(torch.optim, 'Muon') else {})
+    times = time_interleaved({name: stepper(kind) for name, kind in kinds.items()}, device, repeats)
+    return [{'optimizer': name, 'model': config.name, 'matrices': len(shapes), 'bf16 instructions': device.type == 'cuda' or cpu_has_bf16(),
+             'seconds a step': statistics.median(found), 'spread': f'{min(found):.4g} to {max(found):.4g}'} for name, found in times.items()]
+
 # %% ../../nbs/speed/03_throughput.ipynb #f68fdb8b
 def break_even(
     compiling: float,  # seconds
@@ -325,7 +344,7 @@ def run_benchmark(
     train: int,  # batch of the training steps, 0 for none
     compile: bool = False,  # whether to measure torch.compile
     tell: Callable = print,  # takes each line
-) -> dict[str, list[dict] | dict]:  # 'ceilings', and the tables 'sampling', 'tricks', 'stages', 'training', 'compile'
+) -> dict[str, list[dict] | dict]:  # 'ceilings', and the tables 'sampling', 'tricks', 'stages', 'muon', 'training', 'compile'
     "Floor, ceilings and measurements of one size on this machine."
     device, config = torch.device('cuda' if torch.cuda.is_available() else 'cpu'), preset(scale)
     found = {'ceilings': measure_ceilings(device), 'stages': []}
@@ -344,6 +363,7 @@ def run_benchmark(
         which = (pipe, batch_size, steps, precision) if device.type == 'cuda' else (FlowTokPipeline.from_pretrained(), batch_size, steps)
         found['compile'] = [compile_row(*which)]
     del pipe
+    found['muon'] = muon_rows(repeats=repeats, device=device)
     if train:
         found['training'] = training_rows(config, train, found['ceilings'], repeats, device)
     return found

@@ -138,6 +138,7 @@ def test_a_whole_benchmark_of_the_small_size():
         assert whole['Gops a call'] == pytest.approx(3 * image_operations(preset('tiny'), 2) / 1e9)
         assert whole['measured, ms'] == pytest.approx(1e3 * version['seconds']) and whole['precision'] in version['version']
     assert wholes[0]['share of ceiling'] == pytest.approx(found['sampling'][2]['share of ceiling'])
+    assert {'torch.optim.AdamW', 'flowtok.training.optim.Muon'} <= {row['optimizer'] for row in found['muon']} and all(row['seconds a step'] > 0 for row in found['muon'])
     assert [row['version'] for row in found['tricks']] == ['plain', 'fused GELU', 'aligned SwiGLU', 'cached modulation', 'optimize()'] * (1 + torch.cuda.is_available())
     assert found['tricks'][0]['gain (%)'] == 0
     assert all(float(row['relative difference']) <= (1e-5 if row['precision'] == 'fp32' else .05) and row['seconds'] > 0 for row in found['tricks'])
