@@ -147,7 +147,7 @@ class FlowConfig:
     def __post_init__(self):
         check_heads('velocity network', self.width, self.heads)
 
-
+# %% ../nbs/config.ipynb #b8d437bb
 source_kinds = ('kl', 'released_kl', 'variance_kl', 'fixed')
 
 
@@ -166,7 +166,7 @@ class SourceConfig:
         if self.mean_scale < 0 or self.mean_scale and self.kind != 'fixed':
             raise ValueError(f"mean_scale must be at least 0, and 0 unless source is 'fixed', got {self.mean_scale}.")
 
-
+# %% ../nbs/config.ipynb #f372ebbc
 @dataclass(frozen=True)
 class SamplingConfig:
     "Default sampling settings."
@@ -182,7 +182,7 @@ class SamplingConfig:
         if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
             raise ValueError(f"guidance_interval must be two rising times between 0 and 1, got {self.guidance_interval}.")
 
-
+# %% ../nbs/config.ipynb #229bcfe1
 @dataclass(frozen=True)
 class FlowTokConfig:
     "All sizes of a FlowTok, its source and its default sampling settings."
@@ -193,7 +193,6 @@ class FlowTokConfig:
     sampling: SamplingConfig = SamplingConfig()
     source: SourceConfig = field(default=SourceConfig(), metadata={'optional': True})  # absent in the configs of older versions
     caption_flow: FlowConfig | None = field(default=None, metadata={'optional': True})  # of image to text; None: as flow
-
 
 # %% ../nbs/config.ipynb #a849643e
 presets = {

@@ -64,7 +64,7 @@ def find_weights(
     repo, chosen = '/'.join(parts[:2]), '/'.join(parts[2:])
     file = chosen or FIRST_CHOICE.get((repo, kind), 'model.safetensors')
     try:
-        found = Path(hf_hub_download(repo, file))
+        path = Path(hf_hub_download(repo, file))
     except errors:
         raise FileNotFoundError(offline_sentence(repo, file, bool(chosen))) from None
     if file == 'model.safetensors':
@@ -72,7 +72,7 @@ def find_weights(
             hf_hub_download(repo, 'config.json')
         except errors:  # only files of our own need it, and `own_config` says so
             pass
-    return found
+    return path
 
 # %% ../nbs/pretrained.ipynb #b83401f4
 def is_own(

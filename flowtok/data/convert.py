@@ -162,12 +162,12 @@ def find_column(
     names: tuple,  # the first that exists is taken
 ) -> str:
     "The name of a column; ValueError where there is none."
-    found = [name for name in names if name in rows[0]]
-    if not found:
+    present = [name for name in names if name in rows[0]]
+    if not present:
         there = ', '.join(repr(name) for name in rows[0] if name is not None)
         raise ValueError(f"Table {path} has no column {' or '.join(map(repr, names))}: name the {option} column with "
                          f"--{option}-column, one of {there}.")
-    return found[0]
+    return present[0]
 
 
 def table_pictures(
@@ -180,11 +180,11 @@ def table_pictures(
     image = find_column(rows, path, 'image', (image_column,) if image_column else IMAGE_COLUMNS)
     caption = find_column(rows, path, 'caption', (caption_column,) if caption_column else CAPTION_COLUMNS)
     for row in rows:
-        name, said = str(row.get(image) or ''), row.get(caption)
+        name, captions_given = str(row.get(image) or ''), row.get(caption)
         if name not in pictures:
             facts = {key: number_or_text(value) for key, value in row.items() if key not in (None, image, caption)}
             pictures[name] = Picture(f'{len(pictures):09d}', name, [], {**facts, 'file': name})
-        pictures[name].captions.extend(said if isinstance(said, list) else [said])
+        pictures[name].captions.extend(captions_given if isinstance(captions_given, list) else [captions_given])
     return list(pictures.values())
 
 # %% ../../nbs/data/07_convert.ipynb #8840050c
@@ -235,18 +235,18 @@ def is_inside(file: str) -> bool:
 
 def read_captions(picture: Picture, path: Path) -> list[str]:
     "The captions of an image, at least one; Dropped where there is none."
-    said = picture.captions
-    if said is None:
+    captions = picture.captions
+    if captions is None:
         try:
-            said = [path.with_suffix('.txt').read_text(encoding='utf-8-sig')]
+            captions = [path.with_suffix('.txt').read_text(encoding='utf-8-sig')]
         except FileNotFoundError:
             raise Dropped('missing caption') from None
         except (OSError, UnicodeDecodeError):
             raise Dropped('unreadable caption') from None
-    said = [text.encode(errors='ignore').decode().strip() for text in said if isinstance(text, str)]
-    if not any(said):
+    captions = [text.encode(errors='ignore').decode().strip() for text in captions if isinstance(text, str)]
+    if not any(captions):
         raise Dropped('missing caption')
-    return [text for text in said if text]
+    return [text for text in captions if text]
 
 # %% ../../nbs/data/07_convert.ipynb #21fa9f5b
 def make_sample(
@@ -261,14 +261,14 @@ def make_sample(
             raise Dropped('unsafe name')
         if not os.path.isfile(path):
             raise Dropped('missing picture')
-        said = read_captions(picture, path)
+        captions = read_captions(picture, path)
         ending, data, sizes = pack_image(path.read_bytes(), size)
     except Dropped as reason:
         return str(reason)
     except OSError:
         return 'unreadable picture'
-    facts = {**picture.facts, **dict(caption=said[0], captions=said, key=picture.key, status='success', **sizes)}
-    return {'__key__': picture.key, ending: data, 'txt': said[0].encode(), 'json': json.dumps(facts).encode()}
+    facts = {**picture.facts, **dict(caption=captions[0], captions=captions, key=picture.key, status='success', **sizes)}
+    return {'__key__': picture.key, ending: data, 'txt': captions[0].encode(), 'json': json.dumps(facts).encode()}
 
 # %% ../../nbs/data/07_convert.ipynb #c061ac86
 def stats_path(shard: Path) -> Path:
@@ -386,15 +386,15 @@ def finish_conversion(
     dropped = {}
     for shard in pieces:
         dropped.update(json.loads(stats_path(shard).read_text())['dropped'])
-    kept = [picture.key for piece in pieces.values() for picture in piece if picture.key not in dropped]
-    counts = {'kept': len(kept), **Counter(each['reason'] for each in dropped.values())}
-    if not kept:
+    written_keys = [picture.key for piece in pieces.values() for picture in piece if picture.key not in dropped]
+    counts = {'kept': len(written_keys), **Counter(each['reason'] for each in dropped.values())}
+    if not written_keys:
         for note in (out / 'plan.json', *map(stats_path, pieces)):
             note.unlink()
         raise ValueError(f"No picture of {plan['name']} can be kept: {list_reasons(counts)}.")
     for part in (*out.glob('.*.tar-*'), *out.glob('.*.json-*')):
         part.unlink(missing_ok=True)
-    source = {**plan, 'shards': sum(shard.exists() for shard in pieces), **data_identity(plan['name'], counts, kept)}
+    source = {**plan, 'shards': sum(shard.exists() for shard in pieces), **data_identity(plan['name'], counts, written_keys)}
     write_atomically(out / 'source.json', json.dumps(source))
     return source
 

@@ -97,16 +97,16 @@ def parse_shard(
         faults['file: name used twice'] += 1
         return True
 
-    found = 0
+    count = 0
     try:
         for sample in group_by_keys(tar_files(shard, faults), handler=doubled):
-            found += 1
+            count += 1
             yield sample
-        if not found:
+        if not count:
             faults['shard: empty'] += 1
     except Exception as error:                                  # of tarfile, zlib, lzma or the system
         empty = str(error) == 'empty file'
-        missing = isinstance(error, OSError) and not found
+        missing = isinstance(error, OSError) and not count
         faults['shard: empty' if empty else 'shard: missing' if missing else 'shard: broken'] += 1
 
 # %% ../../nbs/data/03_images.ipynb #f0c6e7df
@@ -138,16 +138,16 @@ def read_shard(
         yield from parse_shard(shard, faults)
         return
     key = shard, stat.st_size, stat.st_mtime_ns
-    kept = cached_shard(key)
-    if kept is None:
-        kept = [], Counter()
-        for sample in parse_shard(shard, kept[1]):
-            kept[0].append(dict(sample))
+    cached = cached_shard(key)
+    if cached is None:
+        cached = [], Counter()
+        for sample in parse_shard(shard, cached[1]):
+            cached[0].append(dict(sample))
             yield sample
-        cache_shard(key, *kept)
+        cache_shard(key, *cached)
     else:
-        yield from map(dict, kept[0])
-    faults.update(kept[1])
+        yield from map(dict, cached[0])
+    faults.update(cached[1])
 
 
 def read_samples(

@@ -89,7 +89,7 @@ def list_sources(
     "Parse a list of sources."
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f'{name} must hold a list of sources, like [{{"shards": "cc12m", "preset": "cc12m"}}].')
-    found = []
+    sources = []
     for i, entry in enumerate(entries):
         where, preset = f'{name}, source {i + 1},', entry.get('preset')
         if preset is not None and preset not in paper_sources:
@@ -101,8 +101,8 @@ def list_sources(
         if not is_remote(source.shards):
             source = replace(source, shards=os.path.join(os.path.dirname(name), source.shards))
         find_shards(source.shards)
-        found.append(source)
-    return found
+        sources.append(source)
+    return sources
 
 # %% ../../nbs/data/04_mixture.ipynb #670337e6
 def number_in(facts: dict, key: str) -> float:
@@ -158,13 +158,13 @@ def clean_recaption(
 
 def keep_known(sample: dict, caption: str, words: frozenset) -> str:
     "Drop unknown words from a caption and record the repair; Skip where nothing is left."
-    found = split_words(caption)
-    kept = [word for word in found if word in words]
-    if not kept:
+    all_words = split_words(caption)
+    known_words = [word for word in all_words if word in words]
+    if not known_words:
         raise Skip('no known word')
-    if len(kept) < len(found):
+    if len(known_words) < len(all_words):
         sample.setdefault('__repairs__', set()).add('unknown words')
-    return caption if len(kept) == len(found) else ' '.join(kept)
+    return caption if len(known_words) == len(all_words) else ' '.join(known_words)
 
 
 def choose_caption(
@@ -192,15 +192,15 @@ def common_words(
     look: int = 100_000,  # samples, of all sources together
 ) -> tuple[str, ...]:  # the most frequent first
     "Most frequent words of the captions."
-    seen = Counter()
+    counts = Counter()
     for source in sources:
         samples = (sample for shard in find_shards(source.shards) for sample in read_shard(shard, Counter()))
         for sample in islice(samples, max(1, look // len(sources))):
             try:
-                seen.update(split_words(' '.join(captions_of(sample, source.caption_key))))
+                counts.update(split_words(' '.join(captions_of(sample, source.caption_key))))
             except Skip:
                 pass
-    return tuple(word for word, _ in seen.most_common(most))
+    return tuple(word for word, _ in counts.most_common(most))
 
 # %% ../../nbs/data/04_mixture.ipynb #6c5f6667
 @dataclass(frozen=True)

@@ -262,12 +262,12 @@ def relation(
     clear: bool = True,  # relations clear enough to be said; else all that are accepted
 ) -> list[str]:  # some of RELATIONS, often none
     "Spatial relations of a to b."
-    dx, dy, found = a.x - b.x, a.y - b.y, []
+    dx, dy, words = a.x - b.x, a.y - b.y, []
     for word, (sx, sy) in RELATIONS.items():
         along, across = sx * dx + sy * dy, abs(sy * dx + sx * dy)
         if along > (.14 if clear else .06) and (not clear or along > 1.2 * across):
-            found.append(word)
-    return found
+            words.append(word)
+    return words
 
 # %% ../../nbs/data/01_shapes.ipynb #432b21a1
 def facing(
@@ -296,7 +296,7 @@ def noun(
         words.insert(0, 'an' if words[0] == 'orange' else 'a')
     return ' '.join(words)
 
-
+# %% ../../nbs/data/01_shapes.ipynb #73163518
 def plural(shape: str) -> str:
     "Plural of a shape word."
     return shape + ('es' if shape == 'cross' else 's')
@@ -309,7 +309,7 @@ def two_alike(things: list, sized: bool) -> str | None:
     sizes = {o.size for o in things}
     return ' '.join(['two', *(sizes if sized and len(sizes) == 1 else ()), things[0].colour, plural(things[0].shape)])
 
-
+# %% ../../nbs/data/01_shapes.ipynb #74b5a711
 def reading_order(
     things: tuple,  # of Thing
 ) -> list:  # the same things
@@ -405,10 +405,10 @@ def claim_folder(
     "Claim a folder for one content; ValueError where it holds another."
     folder.mkdir(parents=True, exist_ok=True)
     note, part, content = folder / name, folder / f'.{name}-{os.getpid()}', json.dumps(contents)
-    found = note.read_text() if note.exists() else 'shards of something else' if any(folder.glob('*.tar')) else ''
-    if found not in ('', content):
-        raise ValueError(f"Folder {folder} holds {found}, not {content}: choose another folder.")
-    if not found:
+    present = note.read_text() if note.exists() else 'shards of something else' if any(folder.glob('*.tar')) else ''
+    if present not in ('', content):
+        raise ValueError(f"Folder {folder} holds {present}, not {content}: choose another folder.")
+    if not present:
         part.write_text(content)
         part.replace(note)
 

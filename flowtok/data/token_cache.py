@@ -32,10 +32,10 @@ class CacheReader:
     def __call__(self, sample: dict, source: Source, rng=None) -> tuple[np.ndarray, dict]:
         captions, repairs = captions_of(sample, source.caption_key), sample.setdefault('__repairs__', set())
         facts = {key: value for key, value in metadata_of(sample).items() if key != 'exif'} | {'captions': captions}
-        kept = {'__key__': sample['__key__'], 'txt': captions[0].encode(), 'json': json.dumps(facts).encode()}
-        for ending in {'recap_txt', source.recaption_key} & set(sample) - set(kept):
-            kept[ending] = sample[ending]
-        return decode_image(image_bytes(sample), self.size, repairs=repairs), kept
+        row = {'__key__': sample['__key__'], 'txt': captions[0].encode(), 'json': json.dumps(facts).encode()}
+        for ending in {'recap_txt', source.recaption_key} & set(sample) - set(row):
+            row[ending] = sample[ending]
+        return decode_image(image_bytes(sample), self.size, repairs=repairs), row
 
 
 class CacheParts(IterableDataset):
@@ -76,9 +76,9 @@ def encode_shards(
             begun[name] = stream, TarWriter(stream, mtime=0, encoder=False)
         stream, sink = begun[name]
         moments = encode(np.stack([pixels for pixels, _ in rows])) if rows else []
-        for (_, kept), moment in zip(rows, moments):
-            sink.write(kept | {'token.npy': np.asarray(moment.T, dtype='<f2').tobytes()})
-            yield kept['__key__']
+        for (_, sample), moment in zip(rows, moments):
+            sink.write(sample | {'token.npy': np.asarray(moment.T, dtype='<f2').tobytes()})
+            yield sample['__key__']
         if counts is not None:
             sink.close()
             stream.close()
@@ -177,10 +177,10 @@ def finish_cache(
     counts = [Counter(), *(Counter() for _ in about['sources'])]
     for name, path in zip(names, files):
         counts[int(name.split('-')[0]) + 1].update(json.loads(path.read_text()))
-    for i, found in enumerate(counts[1:]):
-        counts[0].update(found)
-        if not found['kept']:
-            raise NoSamples(f"No usable sample in source {i + 1} of {folder}: {describe_counts(found)}.")
+    for i, more in enumerate(counts[1:]):
+        counts[0].update(more)
+        if not more['kept']:
+            raise NoSamples(f"No usable sample in source {i + 1} of {folder}: {describe_counts(more)}.")
     write_atomically(folder / 'cache.json', json.dumps(about | {'samples': counts[0]['kept'], 'counts': counts[0]}, indent=1))
     (folder / 'encoding.json').unlink(missing_ok=True)
 

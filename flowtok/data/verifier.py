@@ -173,15 +173,15 @@ def through_window(a: np.ndarray, x: float, y: float, radius: float) -> np.ndarr
     return ndimage.map_coordinates(a, at, order=1, mode='constant')
 
 
-def template_errors(seen: np.ndarray, radius: float) -> dict[str, np.ndarray]:
+def template_errors(patch: np.ndarray, radius: float) -> dict[str, np.ndarray]:
     "Relative error of every template of every shape, (n,) for its n angles."
     bank = templates(min(SIZES.values(), key=lambda r: abs(r - radius)))
-    return {shape: np.abs(forms - seen).sum((1, 2)) / max(seen.sum(), 1e-9) for shape, forms in bank.items()}
+    return {shape: np.abs(forms - patch).sum((1, 2)) / max(patch.sum(), 1e-9) for shape, forms in bank.items()}
 
 
-def match_shapes(seen: np.ndarray, radius: float) -> dict[str, float]:
+def match_shapes(patch: np.ndarray, radius: float) -> dict[str, float]:
     "Error of the best template of each shape."
-    return {shape: float(errors.min()) for shape, errors in template_errors(seen, radius).items()}
+    return {shape: float(errors.min()) for shape, errors in template_errors(patch, radius).items()}
 
 
 def tilt_of(shape: str, errors: np.ndarray) -> float:

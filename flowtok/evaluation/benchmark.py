@@ -47,8 +47,8 @@ def make_coco(
         name = f'COCO_val2014_{i:012d}.jpg'
         if not (folder / 'val2014' / name).exists():
             save_scene(folder / 'val2014' / name, i, margin=8 * (1 + i % 3))
-        said = [{'raw': text, 'imgid': i, 'sentid': 5 * i + k} for k, text in enumerate(captions(draw_scene(i, 'held_out'), i, 5, 'held_out'))]
-        images.append({'cocoid': i, 'imgid': i, 'filepath': 'val2014', 'filename': name, 'split': ('test', 'val')[i % 2], 'sentences': said})
+        sentences = [{'raw': text, 'imgid': i, 'sentid': 5 * i + k} for k, text in enumerate(captions(draw_scene(i, 'held_out'), i, 5, 'held_out'))]
+        images.append({'cocoid': i, 'imgid': i, 'filepath': 'val2014', 'filename': name, 'split': ('test', 'val')[i % 2], 'sentences': sentences})
     file = folder / 'dataset_coco.json'
     file.write_text(json.dumps({'images': images, 'dataset': 'coco'}))
     return file
@@ -123,20 +123,20 @@ def draw_pictures(
     seed: int = 0,
     batch_size: int = 64,
     progress: Callable = iter,  # wraps the iteration over batches, for a bar
-    **how,  # num_inference_steps, guidance_scale
+    **sampling,  # num_inference_steps, guidance_scale
 ) -> Generated:
     "Generate an image for each prompt and extract its features."
     rows, clip, first, seconds = {resize: [] for resize in extractors}, [], [], 0.
     for start in progress(range(0, len(prompts), batch_size)):
         part, began = prompts[start:start + batch_size], time.perf_counter()
         generators = [torch.Generator().manual_seed(1_000_003 * seed + start + i) for i in range(len(part))]
-        images = pipe(part, generator=generators, output_type='pt', batch_size=batch_size, **how).float().cpu()
+        images = pipe(part, generator=generators, output_type='pt', batch_size=batch_size, **sampling).float().cpu()
         seconds += time.perf_counter() - began
         for resize, extractor in extractors.items():
             rows[resize].append(extractor(images))
         clip += [scorer(images, part)] if scorer else []
         first += [images] if start < 16 else []
-    return Generated({resize: np.concatenate(found) for resize, found in rows.items()}, np.concatenate(clip) if clip else None,
+    return Generated({resize: np.concatenate(parts) for resize, parts in rows.items()}, np.concatenate(clip) if clip else None,
                      torch.cat(first)[:16], seconds)
 
 # %% ../../nbs/evaluation/04_benchmark.ipynb #e93f0e94
@@ -152,12 +152,12 @@ def picture_scores(
     progress: Callable = iter,
 ) -> dict[str, dict]:  # way to resize -> fid, low, high, interval (what was drawn for it), n (generated), reference (images)
     "FID with either resizing."
-    found = {}
+    results = {}
     for resize, extractor in extractors.items():
         reference = reference_statistics(cache, name, extractor, lambda: read_pictures(progress(files), size))
         rows = made.rows[resize]
-        found[resize] = fid_interval(rows, reference, bootstraps) | {'n': len(rows), 'reference': reference.n}
-    return found
+        results[resize] = fid_interval(rows, reference, bootstraps) | {'n': len(rows), 'reference': reference.n}
+    return results
 
 
 def group_of(made: Generated, inside: list[int]) -> Generated:

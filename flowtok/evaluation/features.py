@@ -63,9 +63,9 @@ def find_inception(
         if path:
             raise FileNotFoundError(f"There are no Inception weights at {path}.")
         return None
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
-    if found != INCEPTION_SHA256:
-        raise ValueError(f"{file.name} is not the Inception that FID is defined with: its SHA-256 begins with {found[:8]}, not "
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if digest != INCEPTION_SHA256:
+        raise ValueError(f"{file.name} is not the Inception that FID is defined with: its SHA-256 begins with {digest[:8]}, not "
                          f"with {INCEPTION_SHA256[:8]}.")
     return file
 
@@ -148,13 +148,13 @@ def reference_statistics(
     "Reference statistics, cached in a file."
     file = Path(cache) / f'{name}-{extractor.name}-{extractor.resize}.npz'
     if file.exists():
-        with np.load(file) as kept:
-            return Reference(kept['mean'], kept['cov'], int(kept['n']), kept['rows'] if 'rows' in kept else None, True)
-    found = reference_of(np.concatenate([extractor(images) for images in batches()]))
+        with np.load(file) as saved:
+            return Reference(saved['mean'], saved['cov'], int(saved['n']), saved['rows'] if 'rows' in saved else None, True)
+    reference = reference_of(np.concatenate([extractor(images) for images in batches()]))
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as part, part.open('wb') as stream:
-        np.savez(stream, mean=found.mean, cov=found.cov, n=found.n, rows=found.rows)
-    return found
+        np.savez(stream, mean=reference.mean, cov=reference.cov, n=reference.n, rows=reference.rows)
+    return reference
 
 # %% ../../nbs/evaluation/02_features.ipynb #968c31f9
 def fid_interval(
@@ -214,9 +214,9 @@ def clip_scorer(
     @torch.no_grad()
     def scores(images: Tensor, prompts: list[str]) -> np.ndarray:
         pixels = resize(images, [side, side], antialias=True, interpolation=3).clamp(0, 1)     # 3: bicubic
-        seen = network.encode_image(normalize(pixels, mean, std).to(device), normalize=True)
-        said = network.encode_text(words(prompts).to(device), normalize=True)
-        return 100 * (seen * said).sum(1).clamp(min=0).float().cpu().numpy()
+        image_features = network.encode_image(normalize(pixels, mean, std).to(device), normalize=True)
+        text_features = network.encode_text(words(prompts).to(device), normalize=True)
+        return 100 * (image_features * text_features).sum(1).clamp(min=0).float().cpu().numpy()
     return scores
 
 

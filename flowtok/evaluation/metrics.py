@@ -90,12 +90,12 @@ def text_to_image_scores(
     seed: int = 0,  # of the draws
     start: int = 0,  # seed of the first scene
     anywhere: float = 0.,  # as `scene_prompts`
-    **how,  # num_inference_steps, guidance_scale, solver, temperature
+    **sampling,  # num_inference_steps, guidance_scale, solver, temperature
 ) -> dict[str, int]:  # control -> right images
     "Correct images out of `n`, with controls."
-    prompts = [said[i % len(said)] for i, said in enumerate(scene_prompts(split, n, start, anywhere)[1])]
+    prompts = [captions[i % len(captions)] for i, captions in enumerate(scene_prompts(split, n, start, anywhere)[1])]
     generator = torch.Generator().manual_seed(seed)
-    tokens = pipe(prompts, generator=generator, output_type='tokens', **how)
+    tokens = pipe(prompts, generator=generator, output_type='tokens', **sampling)
     features = pipe.text_encoder(pipe.text_encoder.tokenize(prompts).to(tokens.device))
     noise = torch.randn(tokens.shape, generator=generator).to(tokens.device)
     inputs = {'with text': (tokens, features), 'no text at decoding': (tokens, None),
@@ -114,10 +114,10 @@ def reconstruction_scores(
     "Reconstructions that show their caption, out of `n`, and PSNR."
     from flowtok.data.images import to_images
     from flowtok.data.shapes import render
-    scenes, said = scene_prompts(split, n, anywhere=anywhere)
+    scenes, captions = scene_prompts(split, n, anywhere=anywhere)
     images = to_images(np.stack([render(scene, pipe.config.tokenizer.image_size) for scene in scenes]))
     decoded = pipe.tokenizer.decode(pipe.tokenizer.encode(images.to(pipe.device)).mean).cpu()
-    return {'right': count_right(decoded, [five[0] for five in said]), 'psnr': psnr(decoded, images)}
+    return {'right': count_right(decoded, [five[0] for five in captions]), 'psnr': psnr(decoded, images)}
 
 
 def image_to_text_scores(
@@ -126,7 +126,7 @@ def image_to_text_scores(
     n: int = 500,  # images
     start: int = 0,  # seed of the first scene
     anywhere: float = 0.,  # as `scene_prompts`
-    **how,  # num_inference_steps, guidance_scale
+    **sampling,  # num_inference_steps, guidance_scale
 ) -> dict[str, int]:  # 'equivalent' and 'exact' -> captions
     "Captions that are true, and exact, out of `n`."
     from flowtok.data.images import to_images
@@ -134,11 +134,11 @@ def image_to_text_scores(
     from flowtok.data.shapes import render
     scenes, references = scene_prompts(split, n, start, anywhere)
     size = pipe.config.tokenizer.image_size
-    found = pipe.caption(to_images(np.stack([render(scene, size) for scene in scenes])), **how)
+    generated = pipe.caption(to_images(np.stack([render(scene, size) for scene in scenes])), **sampling)
 
     def exact(text, five): return text in [known.replace(',', '') for known in five]
 
-    return {'equivalent': sum(map(is_true, found, scenes)), 'exact': sum(map(exact, found, references))}
+    return {'equivalent': sum(map(is_true, generated, scenes)), 'exact': sum(map(exact, generated, references))}
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #fa1e977a
 def gaussian_statistics(

@@ -87,7 +87,7 @@ def open_values(
     placed = all(words[3] and all(words[3]) for words in claims.things)
     return values | {'place': inside if placed else [], 'cell': cells if open_all(3) and not claims.relation else []}
 
-
+# %% ../../nbs/evaluation/03_variety.ipynb #5173fd77
 def tally(
     prompts: list[str],
     readings: list[Reading],

@@ -37,8 +37,8 @@ def columns_of(
     *rows: tuple,  # values in that order; None where the paper gives none
 ) -> dict[str, dict]:  # method -> its row, without what is not given
     "A table typed as columns, as one row for each method."
-    found = [{name: value for name, value in zip(names, row, strict=True) if value is not None} for row in rows]
-    return {row.get('method', row.get('variant')): row for row in found}
+    columns = [{name: value for name, value in zip(names, row, strict=True) if value is not None} for row in rows]
+    return {row.get('method', row.get('variant')): row for row in columns}
 
 
 TABLE_2 = columns_of(

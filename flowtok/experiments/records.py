@@ -86,14 +86,14 @@ def git_state(
 
 def library_versions() -> dict:  # package -> version, of those installed
     "Versions of Python and of the packages that can change a number."
-    found = {'python': platform.python_version()}
+    versions = {'python': platform.python_version()}
     for name in ('flowtok', 'torch', 'torchvision', 'numpy', 'transformers', 'open_clip_torch', 'accelerate',
                  'webdataset', 'torch-fidelity', 'pycocoevalcap', 'papermill'):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def hardware() -> dict:  # cpu, cores this process may use, memory_gib (None where unknown), gpus
@@ -176,7 +176,7 @@ def record(
     check_record(values)
     return RunRecord(**values)
 
-
+# %% ../../nbs/experiments/01_records.ipynb #5ee8ca95
 def write_record(
     folder: str | Path,  # of the run
     run: RunRecord,  # from `record`

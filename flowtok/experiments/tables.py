@@ -89,16 +89,16 @@ class Measured:
 # %% ../../nbs/experiments/04_tables.ipynb #2bc14034
 def from_pictures(where: str, run: RunRecord, measure: str) -> Iterable[Measured]:
     "What a record of COCO or MJHQ-30K holds."
-    found = run.metrics
-    for resize, fid in found['fid'].items():
-        yield Measured(where, run, found['method'], measure, resize, fid['fid'], fid['low'], fid['high'], found['n'])
-    for category, both in found.get('categories', {}).items():
+    metrics = run.metrics
+    for resize, fid in metrics['fid'].items():
+        yield Measured(where, run, metrics['method'], measure, resize, fid['fid'], fid['low'], fid['high'], metrics['n'])
+    for category, both in metrics.get('categories', {}).items():
         for resize, fid in both.items():
-            yield Measured(where, run, found['method'], f'{measure}, {category}', resize, fid['fid'], fid['low'], fid['high'],
+            yield Measured(where, run, metrics['method'], f'{measure}, {category}', resize, fid['fid'], fid['low'], fid['high'],
                            fid['n'])
-    clip = found['clip_score']
-    yield Measured(where, run, found['method'], f'CLIP score, {measure.split()[0]}', clip['model'], clip['mean'], clip['low'],
-                   clip['high'], found['n'], clip['why'])
+    clip = metrics['clip_score']
+    yield Measured(where, run, metrics['method'], f'CLIP score, {measure.split()[0]}', clip['model'], clip['mean'], clip['low'],
+                   clip['high'], metrics['n'], clip['why'])
 
 
 def from_captions(where: str, run: RunRecord) -> Iterable[Measured]:
@@ -131,14 +131,14 @@ def all_measured(
     records: dict[str, RunRecord],  # from `find_records`
 ) -> list[Measured]:
     "The numbers of tables 2 and 3."
-    found = []
+    measured = []
     for notebook, numbers in (('benchmark_coco', lambda *of: from_pictures(*of, COLUMNS_2[6])),
                               ('benchmark_mjhq', lambda *of: from_pictures(*of, COLUMNS_2[7])),
                               ('benchmark_speed', from_speed), ('train', from_training),
                               ('benchmark_captions', from_captions)):
         for where, run in records_of(records, notebook).items():
-            found += numbers(where, run)
-    return found
+            measured += numbers(where, run)
+    return measured
 
 # %% ../../nbs/experiments/04_tables.ipynb #45691f8e
 NOT_MEASURED = 'not measured here'
@@ -207,8 +207,8 @@ def table_6() -> list[dict]:
     rows = []
     for name, paper in TABLE_6.items():
         def of(scale, phase='pre-training'):
-            config, how = presets[scale], recipe(scale, 'text-to-image', phase)
-            parts = how, config.text, config.tokenizer
+            config, values = presets[scale], recipe(scale, 'text-to-image', phase)
+            parts = values, config.text, config.tokenizer
             return next(getattr(part, name) for part in parts if hasattr(part, name))
         rows.append({'value': name, "authors' configuration": str(paper), 'our recipe, xl': str(of('xl')),
                      'the same': 'yes' if of('xl') == paper else 'no', 'our fine-tuning, xl': str(of('xl', 'fine-tuning')), 'our recipe, tiny': str(of('tiny'))})
@@ -234,11 +234,11 @@ def summarise(
     groups, rows = {}, []
     for run in runs:
         groups.setdefault(run.metrics['variant'], []).append(run.metrics)
-    for variant, found in groups.items():
-        row = {'variant': variant, 'seeds': len(found)}
+    for variant, members in groups.items():
+        row = {'variant': variant, 'seeds': len(members)}
         for measure in measures:
-            values = [one[measure] for one in found if one.get(measure) is not None]
-            whole = len(values) == len(found)                                    # no mean over those seeds alone that got somewhere
+            values = [one[measure] for one in members if one.get(measure) is not None]
+            whole = len(values) == len(members)                                    # no mean over those seeds alone that got somewhere
             row[measure] = fmean(values) if whole else None
             row[f'{measure}, deviation'] = stdev(values) if whole and len(values) > 1 else None
         rows.append(row)
@@ -253,8 +253,8 @@ def compare(
     smaller: bool = False,
 ) -> dict | None:  # None where one of the two did not run; difference with its interval, seeds and verdict
     "Whether one variant beats another, seed by seed."
-    found = {(run.metrics['variant'], run.seed): run.metrics.get(measure) for run in runs}
-    pairs = [(found[better, seed], found[worse, seed]) for variant, seed in found if variant == better and (worse, seed) in found]
+    values = {(run.metrics['variant'], run.seed): run.metrics.get(measure) for run in runs}
+    pairs = [(values[better, seed], values[worse, seed]) for variant, seed in values if variant == better and (worse, seed) in values]
     gains = [(b - a if smaller else a - b) for a, b in pairs if a is not None and b is not None]
     if not gains:
         return None
@@ -265,13 +265,13 @@ def compare(
 
 
 def sentence_of(
-    found: dict,  # from `compare`
+    comparison: dict,  # from `compare`
     claim: str = "the paper's ordering",
 ) -> str:
     "Format a comparison as a sentence."
-    span = '' if found['low'] is None else f" (95% interval {found['low']:.4g} to {found['high']:.4g})"
-    return (f"{found['better']} over {found['worse']}, {found['measure']}: a gain of {found['gain']:.4g}{span} over "
-            f"{found['seeds']} seeds. {claim[:1].upper()}{claim[1:]}: {found['verdict']}.")
+    span = '' if comparison['low'] is None else f" (95% interval {comparison['low']:.4g} to {comparison['high']:.4g})"
+    return (f"{comparison['better']} over {comparison['worse']}, {comparison['measure']}: a gain of {comparison['gain']:.4g}{span} over "
+            f"{comparison['seeds']} seeds. {claim[:1].upper()}{claim[1:]}: {comparison['verdict']}.")
 
 # %% ../../nbs/experiments/04_tables.ipynb #5ceef0af
 MEASURES = {  # notebook -> what is averaged over seeds
@@ -301,13 +301,13 @@ SAME_VARIANT = {  # row of the paper's table 4 -> variant of the run notebook
 
 def table_4(records: dict[str, RunRecord]) -> list[dict]:
     "Ablations: the paper's rows beside the variants that were trained here, then those that are this book's alone."
-    found = {row['variant']: row for row in summary_rows(records, 'ablations')[0]}
+    summary = {row['variant']: row for row in summary_rows(records, 'ablations')[0]}
     first, rows = MEASURES['ablations'][0], []
     for name, row in TABLE_4.items():
-        measured = found.get(SAME_VARIANT[name], {'seeds': '', first: NOT_MEASURED})
+        measured = summary.get(SAME_VARIANT[name], {'seeds': '', first: NOT_MEASURED})
         rows.append({'part': row['part'], 'variant': row['what'], 'COCO FID-30K (paper, FlowTok-B)': row['COCO FID-30K'],
                      **{key: value for key, value in measured.items() if key != 'variant'}})
-    own = {name: row for name, row in found.items() if name not in SAME_VARIANT.values()}
+    own = {name: row for name, row in summary.items() if name not in SAME_VARIANT.values()}
     parts = {name: 'this book: a new tokenizer, its own pictures rebuilt' if name.startswith('text dropped') else 'this book' for name in own}
     return rows + [{'part': parts[name], **row} for name, row in own.items()]
 

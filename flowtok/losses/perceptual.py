@@ -108,12 +108,12 @@ class LPIPS(Perceptual):
 
     def features(self, images: Tensor) -> list[Tensor]:  # (b, 3, h, w) -> five of (b, c, h', w')
         "Normalised VGG16 features at five depths."
-        x, found = (2 * images - 1 - self.mean) / self.std, []
+        x, tapped = (2 * images - 1 - self.mean) / self.std, []
         for i, layer in enumerate(self.network):
             x = layer(x)
             if i in self.taps:
-                found.append(F.normalize(x, dim=1, eps=1e-10))
-        return found
+                tapped.append(F.normalize(x, dim=1, eps=1e-10))
+        return tapped
 
     def forward(
         self,
@@ -228,17 +228,17 @@ def find_perceptual(
 ) -> tuple[dict[str, Perceptual], list[str]]:  # those whose files are there, by name; a sentence for each other
     "Perceptual networks whose weights are available, and sentences about the missing ones."
     folder = Path(folder or Path(torch.hub.get_dir()) / 'checkpoints')
-    given, found, sentences = {'vgg': vgg, 'lin': lin, 'convnext': convnext}, {}, []
+    given, networks, sentences = {'vgg': vgg, 'lin': lin, 'convnext': convnext}, {}, []
     for name in expected:
         title, load, needs = perceptual_networks[name]
         files = {need: find_file(need, folder, given[need]) for need in needs}
         missing = [perceptual_files[need] for need, file in files.items() if file is None]
         if not missing:
-            found[name] = load(**files)
+            networks[name] = load(**files)
         else:
             files_needed = ' and '.join(f'{file} ({size}, from {source})' for file, size, source in missing)
             sentences.append(f"Without the perceptual term of {title}: put {files_needed} into the folder {folder}.")
-    return found, sentences
+    return networks, sentences
 
 # %% ../../nbs/losses/02_perceptual.ipynb #3f489ecf
 def mean_over_processes(

@@ -101,9 +101,9 @@ def rename(
 ) -> str:  # the other name; the same where no line of the map fits
     "Rename a tensor."
     for old, new in names.items():
-        found = re.fullmatch(re.escape(old).replace(r'\#', r'(\d+)') + r'((?:\.\w+)*)', key)
-        if found:
-            *number, rest = found.groups()
+        match = re.fullmatch(re.escape(old).replace(r'\#', r'(\d+)') + r'((?:\.\w+)*)', key)
+        if match:
+            *number, rest = match.groups()
             return new.replace('#', *number or ['#']) + rest
     return key
 
@@ -199,17 +199,17 @@ def read_sizes(
     **expected: str,  # name of a size -> 'released name:number of axes:axis'
 ) -> dict[str, int]:
     "Infer sizes from tensor shapes."
-    found, faults = {}, []
+    sizes, faults = {}, []
     for what, where in expected.items():
         key, n, axis = where.split(':')
         shape = tuple(state[key].shape) if key in state else None
         if shape is None or len(shape) != int(n) or 0 in shape:
             faults.append(f'missing: {key}' if shape is None else f'misshapen: {key} {shape} instead of {n} axes')
         else:
-            found[what] = shape[int(axis)]
+            sizes[what] = shape[int(axis)]
     if faults:
         raise ValueError(f"{source} does not fit, its sizes cannot be read off; {'; '.join(dict.fromkeys(faults))}.")
-    return found
+    return sizes
 
 
 def count_layers(

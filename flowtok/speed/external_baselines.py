@@ -183,14 +183,14 @@ def shortest(
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     work(b)
-    found = []
+    times = []
     for _ in range(repeats):
         wait()
         began = time.perf_counter()
         work(b)
         wait()
-        found.append(time.perf_counter() - began)
-    return min(found)
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
 def speed_of(
@@ -203,13 +203,13 @@ def speed_of(
     "Images a second from the time of one evaluation and one decoding, and samples a second of training."
     step = shortest(timed.evaluate, batch_size * (1 if guidance == 1 else 2), repeats)
     decoding = shortest(timed.decode, batch_size, repeats)
-    found = {'images/s': batch_size / (steps * step + decoding), 'evaluation (s)': step, 'decoding (s)': decoding}
+    speeds = {'images/s': batch_size / (steps * step + decoding), 'evaluation (s)': step, 'decoding (s)': decoding}
     if timed.learn:
         try:
-            found['training samples/s'] = batch_size / shortest(timed.learn, batch_size, repeats)
+            speeds['training samples/s'] = batch_size / shortest(timed.learn, batch_size, repeats)
         except torch.cuda.OutOfMemoryError:
-            found['training samples/s'] = None
-    return found
+            speeds['training samples/s'] = None
+    return speeds
 
 
 def pipeline_speeds(

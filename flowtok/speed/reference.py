@@ -82,10 +82,10 @@ def plain_generate(
     decode: bool = True,  # False: the tokens
 ) -> Tensor:  # (b, 3, h, w) in [0, 1]
     "Generate images, reference implementation."
-    model, how = pipe.text_to_image, pipe.config.sampling
+    model, defaults = pipe.text_to_image, pipe.config.sampling
     features = pipe.text_encoder(pipe.text_encoder.tokenize(prompts).to(pipe.device))
     start = model.project(features)
-    x = start.mean + how.temperature * start.std * noise.to(pipe.device)
+    x = start.mean + defaults.temperature * start.std * noise.to(pipe.device)
     zeros = torch.zeros(len(x), dtype=torch.long, device=x.device)
     for i in range(steps):
         t = torch.full((len(x),), i / steps, device=x.device)

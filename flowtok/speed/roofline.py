@@ -128,11 +128,11 @@ def time_interleaved(
     "Interleaved timing of several versions."
     for call in list(calls.values()) * warm_up:
         call()
-    found = {name: [] for name in calls}
+    times = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            found[name].append(seconds(call, device))
-    return found
+            times[name].append(seconds(call, device))
+    return times
 
 # %% ../../nbs/speed/01_roofline.ipynb #ec42a04d
 def measure_ceilings(
@@ -142,7 +142,7 @@ def measure_ceilings(
 ) -> dict[str, float]:  # number format -> operations a second; 'copy' -> bytes a second
     "Peak matmul throughput and copy bandwidth."
     size, cuda = size or (8192 if device.type == 'cuda' else 2048), device.type == 'cuda'
-    x, found = torch.randn(size, size, device=device), {}
+    x, ceilings = torch.randn(size, size, device=device), {}
     with torch.no_grad():
         for name, dtype in (('fp32', torch.float32), ('bf16', torch.bfloat16), ('fp16', torch.float16)):
             if not cuda and (name == 'fp16' or name == 'bf16' and not cpu_has_bf16()):
@@ -152,11 +152,11 @@ def measure_ceilings(
             if has_onednn and not cuda:
                 products['oneDNN'] = lambda: torch.ops.mkldnn._linear_pointwise(y, y, None, 'none', [], '')
             times = time_interleaved(products, device, repeats)
-            found[name] = 2 * size**3 / min(sum(times.values(), []))
+            ceilings[name] = 2 * size**3 / min(sum(times.values(), []))
         source = torch.empty(2**28 if cuda else 2**26, device=device)
         target = torch.empty_like(source)
-        found['copy'] = 2 * source.nbytes / min(time_interleaved({'a': lambda: target.copy_(source)}, device, repeats)['a'])
-    return found
+        ceilings['copy'] = 2 * source.nbytes / min(time_interleaved({'a': lambda: target.copy_(source)}, device, repeats)['a'])
+    return ceilings
 
 
 def floor(

@@ -52,11 +52,11 @@ class Comparison:
         ceilings: dict[str, float],  # of `measure_ceilings`
     ) -> list[dict]:
         "A row of a table for each version."
-        took, rows = {version: statistics.median(found) for version, found in self.times.items()}, []
-        for version, found in self.times.items():
+        took, rows = {version: statistics.median(seconds_each) for version, seconds_each in self.times.items()}, []
+        for version, seconds_each in self.times.items():
             speed = samples * operations / took[version]
             rows.append({
-                'version': version, 'samples': samples, 'seconds': took[version], 'spread': f'{min(found):.4g} to {max(found):.4g}',
+                'version': version, 'samples': samples, 'seconds': took[version], 'spread': f'{min(seconds_each):.4g} to {max(seconds_each):.4g}',
                 'samples a second': samples / took[version], 'Gops a second': speed / 1e9,
                 'share of ceiling': speed / ceilings[version.split()[-1]], 'times as fast': next(iter(took.values())) / took[version],
                 'relative difference': f'{self.differences[version]:.1e}' if version in self.differences else 'reference',
@@ -80,11 +80,11 @@ def make_pipeline(
 def some_prompts(config: FlowTokConfig, n: int) -> list[str]:
     "Captions that both text encoders know, all different."
     colours, things = ('red', 'orange', 'yellow', 'green', 'cyan', 'blue', 'purple', 'pink'), ('circle', 'bar', 'triangle', 'star', 'cross', 'ring')
-    found = [f'a {size} {colour} {thing} {row} {column}' for thing in things for colour in colours for size in ('small', 'large')
+    prompts = [f'a {size} {colour} {thing} {row} {column}' for thing in things for colour in colours for size in ('small', 'large')
              for row in ('top', 'bottom') for column in ('left', 'right', 'centre')]
-    if n > len(found):
-        raise ValueError(f"There are {len(found)} different captions here, got {n}.")
-    return found[:n]
+    if n > len(prompts):
+        raise ValueError(f"There are {len(prompts)} different captions here, got {n}.")
+    return prompts[:n]
 
 
 def generate_fixed(pipe: FlowTokPipeline, n: int, steps: int, guidance_scale: float = 2.) -> Tensor:  # (n, 3, h, w)
@@ -132,7 +132,7 @@ def trick_rows(
                 'optimize()': copy.deepcopy(pipe).optimize(precision)}
     outputs = {}
     calls = {name: lambda name=name, which=which: outputs.update({name: generate_fixed(which, batch_size, steps)}) for name, which in versions.items()}
-    times = {name: statistics.median(found) for name, found in time_interleaved(calls, pipe.device, repeats).items()}
+    times = {name: statistics.median(seconds_each) for name, seconds_each in time_interleaved(calls, pipe.device, repeats).items()}
     return [{'version': name, 'model': pipe.config.name, 'precision': precision, 'images a call': batch_size, 'steps': steps, 'seconds': took, 'images a second': batch_size / took,
              'gain (%)': 100 * (times['plain'] / took - 1), 'relative difference': f'{relative(outputs[name], outputs["plain"]):.0e}'}
             for name, took in times.items()]
@@ -155,13 +155,13 @@ def stage_rows(
     calls = {'text tower': lambda: pipe.text_encoder(ids), 'projector': lambda: pipe.text_to_image.project(features),
              'velocity': lambda: velocity.cfg(x, t, 2.), 'decoder': lambda: pipe.tokenizer.decode(x, features)}
     times, costs, often, rows = time_interleaved(calls, pipe.device, repeats), stage_costs(pipe.config), evaluations(steps), []
-    for stage, found in times.items():
+    for stage, seconds_each in times.items():
         kind = precision if stage in ('velocity', 'decoder') else 'fp32'
-        samples, took = 2 * batch_size if stage == 'velocity' else batch_size, statistics.median(found)
+        samples, took = 2 * batch_size if stage == 'velocity' else batch_size, statistics.median(seconds_each)
         rows.append({'stage': stage, 'precision': kind, 'calls': int(often[stage] / (2 if stage == 'velocity' else 1)),
                      'Gops a call': samples * costs[stage].operations / 1e9, 'MB of weights': costs[stage].weights * (4 if kind == 'fp32' else 2) / 1e6,
                      'floor, ms': 1e3 * floor(costs[stage], samples, ceilings, kind), 'measured, ms': 1e3 * took,
-                     'spread, ms': f'{1e3 * min(found):.4g} to {1e3 * max(found):.4g}',
+                     'spread, ms': f'{1e3 * min(seconds_each):.4g} to {1e3 * max(seconds_each):.4g}',
                      'share of ceiling': samples * costs[stage].operations / ceilings[kind] / took})
     return rows
 
@@ -231,7 +231,7 @@ def our_training(
         return terms['loss']
     return step
 
-
+# %% ../../nbs/speed/03_throughput.ipynb #9f2394ca
 def compare_training(
     config: FlowTokConfig,
     stage: str,  # one of flowtok.config.stages
@@ -242,9 +242,9 @@ def compare_training(
 ) -> Comparison:  # plain loop fp32, training loops; their difference is that of the first loss
     "Steps of a stage, the plain loop and then ours, from the same weights."
     precisions = precisions or ('fp32', 'bf16')[:1 + (device.type == 'cuda' or cpu_has_bf16())]
-    def measure(make, *how):
-        learner = make_stage(config, stage, how[0] if how else 'fp32', device)
-        step = make(learner, make_batch(learner, batch_size), *how)
+    def measure(make, *precision):
+        learner = make_stage(config, stage, precision[0] if precision else 'fp32', device)
+        step = make(learner, make_batch(learner, batch_size), *precision)
 
         def call():
             torch.manual_seed(0)
@@ -252,16 +252,16 @@ def compare_training(
         loss = call().item()                                                     # also warms up
         return loss, peak_memory(call, device), time_interleaved({'': call}, device, repeats, warm_up=0)['']
     from accelerate.state import AcceleratorState
-    versions = {'plain loop fp32': (plain_training,)} | {f'training loop {precision}': (our_training, precision) for precision in precisions}
-    found = {}
+    versions = {'plain loop fp32': (plain_training,)} | {f'training loop {kind}': (our_training, kind) for kind in precisions}
+    results = {}
     for name, how in versions.items():
-        found[name] = measure(*how)
+        results[name] = measure(*how)
         gc.collect()                                                             # a prepared stage and its forward hold each other
     AcceleratorState._reset_state(reset_partial_state=True)                      # who trains next has a precision of its own
-    reference = found['plain loop fp32'][0]
-    return Comparison({name: times for name, (*_, times) in found.items()},
-                      {name: abs(loss / reference - 1) for name, (loss, *_) in found.items() if name.startswith('training')},
-                      {name: memory for name, (_, memory, _) in found.items()})
+    reference = results['plain loop fp32'][0]
+    return Comparison({name: times for name, (*_, times) in results.items()},
+                      {name: abs(loss / reference - 1) for name, (loss, *_) in results.items() if name.startswith('training')},
+                      {name: memory for name, (_, memory, _) in results.items()})
 
 # %% ../../nbs/speed/03_throughput.ipynb #2237133c
 def training_rows(
@@ -297,7 +297,8 @@ def muon_rows(
         {'torch.optim.Muon': torch.optim.Muon} if hasattr(torch.optim, 'Muon') else {})
     times = time_interleaved({name: stepper(kind) for name, kind in kinds.items()}, device, repeats)
     return [{'optimizer': name, 'model': config.name, 'matrices': len(shapes), 'bf16 instructions': device.type == 'cuda' or cpu_has_bf16(),
-             'seconds a step': statistics.median(found), 'spread': f'{min(found):.4g} to {max(found):.4g}'} for name, found in times.items()]
+             'seconds a step': statistics.median(seconds_each), 'spread': f'{min(seconds_each):.4g} to {max(seconds_each):.4g}'}
+            for name, seconds_each in times.items()]
 
 # %% ../../nbs/speed/03_throughput.ipynb #f68fdb8b
 def break_even(
@@ -330,7 +331,7 @@ def compile_row(
         except Exception as error:                                               # each compiler fails in its own way
             why = str(error).strip().partition('\n')[0][:200]
             return row | {'pays from so many pictures': f'not measured: {type(error).__name__}: {why}'}
-    eager, later = (statistics.median(found) for found in times.values())
+    eager, later = (statistics.median(seconds_each) for seconds_each in times.values())
     return row | {'seconds of compiling': first - later, 'seconds a call, eager': eager, 'seconds a call, compiled': later,
                   'relative difference': f"{relative(outputs['compiled'], outputs['eager']):.1e}",
                   'pays from so many pictures': break_even(first - later, eager / batch_size, later / batch_size)}
@@ -347,26 +348,26 @@ def run_benchmark(
 ) -> dict[str, list[dict] | dict]:  # 'ceilings', and the tables 'sampling', 'tricks', 'stages', 'muon', 'training', 'compile'
     "Floor, ceilings and measurements of one size on this machine."
     device, config = torch.device('cuda' if torch.cuda.is_available() else 'cpu'), preset(scale)
-    found = {'ceilings': measure_ceilings(device), 'stages': []}
-    for name, x in found['ceilings'].items():
+    tables = {'ceilings': measure_ceilings(device), 'stages': []}
+    for name, x in tables['ceilings'].items():
         tell(f"{name}: {x / 1e9:,.0f} {'GB' if name == 'copy' else 'Gops'} a second at best")
     pipe = make_pipeline(config, device)
     sampled = compare_sampling(pipe, batch_size, steps, repeats=repeats)
-    found['sampling'] = sampled.rows(batch_size, image_operations(config, steps), found['ceilings'])
-    found['tricks'] = [row for precision in ('fp32', 'bf16')[:1 + (device.type == 'cuda')] for row in trick_rows(pipe, batch_size, steps, repeats, precision)]
+    tables['sampling'] = sampled.rows(batch_size, image_operations(config, steps), tables['ceilings'])
+    tables['tricks'] = [row for precision in ('fp32', 'bf16')[:1 + (device.type == 'cuda')] for row in trick_rows(pipe, batch_size, steps, repeats, precision)]
     for name in list(sampled.times)[2:]:                                         # the optimised ones
         precision = name.split()[-1]
-        rows = stage_rows(pipe.optimize(precision), batch_size, steps, found['ceilings'], precision, repeats)
+        rows = stage_rows(pipe.optimize(precision), batch_size, steps, tables['ceilings'], precision, repeats)
         whole = whole_picture(rows, sampled.times[name])
-        found['stages'] += [row for row in rows if row['precision'] == precision] + [whole]
+        tables['stages'] += [row for row in rows if row['precision'] == precision] + [whole]
     if compile:
         which = (pipe, batch_size, steps, precision) if device.type == 'cuda' else (FlowTokPipeline.from_pretrained(), batch_size, steps)
-        found['compile'] = [compile_row(*which)]
+        tables['compile'] = [compile_row(*which)]
     del pipe
-    found['muon'] = muon_rows(repeats=repeats, device=device)
+    tables['muon'] = muon_rows(repeats=repeats, device=device)
     if train:
-        found['training'] = training_rows(config, train, found['ceilings'], repeats, device)
-    return found
+        tables['training'] = training_rows(config, train, tables['ceilings'], repeats, device)
+    return tables
 
 # %% ../../nbs/speed/03_throughput.ipynb #581d3821
 def speed_record(
@@ -396,8 +397,8 @@ def benchmark(
 ):
     "Run the benchmark, print its tables and keep them in a folder."
     parameters, started = dict(scale=scale, batch_size=batch_size, steps=steps, repeats=repeats, train=train, compile=compile), time.time()
-    found = run_benchmark(scale, batch_size, steps, repeats, train, compile)
-    for name, rows in found.items():
+    tables = run_benchmark(scale, batch_size, steps, repeats, train, compile)
+    for name, rows in tables.items():
         if isinstance(rows, list):
             print(f'\n{name}\n')
             for row in rows:
@@ -406,4 +407,4 @@ def benchmark(
                 Path(out).mkdir(parents=True, exist_ok=True)
                 write_table(rows, Path(out) / name)
     if out:
-        write_record(out, speed_record(parameters, started, found))
+        write_record(out, speed_record(parameters, started, tables))

@@ -251,10 +251,10 @@ class Baseline:
         "Images' latents for captions."
         tokens = self.network.config.tokenizer
         noise = torch.randn((len(features), tokens.num_tokens, tokens.token_dim), generator=generator).to(features.device)
-        how = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, guidance_interval=guidance_interval)
+        sampling = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, guidance_interval=guidance_interval)
         if self.kind.startswith('source'):
             start = self.network.project(features)
-            return sample(self.network.velocity, start.mean + self.temperature * start.std * noise, **how)
+            return sample(self.network.velocity, start.mean + self.temperature * start.std * noise, **sampling)
 
         read = {}                                                                # once with the null text beside, once without
 
@@ -262,7 +262,7 @@ class Baseline:
             if len(x) not in read:
                 read[len(x)] = self.network.read(features.repeat(len(x) // len(features), 1, 1), indicator)
             return self.network.move(x, t, read[len(x)])
-        return sample(velocity, noise, **how)
+        return sample(velocity, noise, **sampling)
 
 # %% ../../nbs/training/06_baselines.ipynb #00639688
 def formats_of(
@@ -292,15 +292,15 @@ def step_memory(
         loss.backward()
         network.zero_grad()
         return (torch.cuda.max_memory_allocated() + learned + remembered) / 1e6
-    kept = {}
+    saved = {}
 
     def pack(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), formats_of(recipe, device):
         step()
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    return (3 * learned + remembered + sum(size for place, size in kept.items() if place not in own)) / 1e6
+    return (3 * learned + remembered + sum(size for place, size in saved.items() if place not in own)) / 1e6
 
 # %% ../../nbs/training/06_baselines.ipynb #d5d591f9
 class BaselineStage(nn.Module):

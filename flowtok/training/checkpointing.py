@@ -130,9 +130,9 @@ class GracefulStop:
         "Whether any process was asked to stop."
         if group is None:
             return self.signal
-        asked = torch.tensor(int(self.signal))
-        dist.all_reduce(asked, dist.ReduceOp.MAX, group)
-        return int(asked)
+        signal = torch.tensor(int(self.signal))
+        dist.all_reduce(signal, dist.ReduceOp.MAX, group)
+        return int(signal)
 
 # %% ../../nbs/training/03_checkpointing.ipynb #388fc9a9
 class Log:

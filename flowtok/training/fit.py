@@ -159,10 +159,10 @@ class Report:
             self.in_a_row = self.in_a_row + 1 if losses['broken'] else 0
             self.skipped += self.in_a_row > 0
             if self.in_a_row >= MAX_NONFINITE_STEPS:
-                kept = checkpoints(self.run)
+                saved = checkpoints(self.run)
                 raise FloatingPointError(
                     f"{self.in_a_row} steps in a row, up to step {step}, had gradients that are not finite: try a lower learning_rate, "
-                    f"clip=1, or precision=fp32. {f'The last good checkpoint is {kept[-1]}.' if kept else ''}")
+                    f"clip=1, or precision=fp32. {f'The last good checkpoint is {saved[-1]}.' if saved else ''}")
             if self.log and not self.in_a_row:
                 self.log.add(loggable_values(losses))
         self.pending = []

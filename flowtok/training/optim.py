@@ -44,7 +44,7 @@ def orthogonalize(
         x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if matrices.shape[1] > matrices.shape[2] else x
 
-
+# %% ../../nbs/training/02_optim.ipynb #a8a90f01
 class Muon(torch.optim.Optimizer):
     "Nesterov momentum, orthogonalised; equal shapes at once, in bf16 on a GPU and in float32 on a CPU."
 

@@ -154,9 +154,7 @@ class Stage(nn.Module):
     def __init__(self, run: Run):
         super().__init__()
         self.run, self.words = run, frozenset(run.config.text.vocabulary)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)                    # random CLIP features must be the same in every stage
-            self.text_encoder = text_encoder(run.config.text, run.clip or None).eval().requires_grad_(False)
+        self.text_encoder = text_encoder(run.config.text, run.clip or None).eval().requires_grad_(False)
 
     def earlier(self, module: nn.Module, stage: str) -> nn.Module:  # frozen
         "Load the frozen weights of an earlier stage."

@@ -11,8 +11,8 @@ from torch import nn
 
 from flowtok.config import FlowTokConfig, TextConfig, TokenizerConfig, preset
 from flowtok.models.text import (AlignmentMLP, ClipTextEncoder, ProjectorLayer, TextDecoder, TextProjector,
-                          WordTextEncoder, from_transformers, load_clip, pad_ids, tell_truncation, text_encoder,
-                          transformers_names)
+                          WordTextEncoder, open_clip_names, load_clip, pad_ids, tell_truncation, text_encoder,
+                          )
 
 tiny = preset('tiny')
 
@@ -129,17 +129,31 @@ def test_clip_ids(small):
 
 def written_out(tower, ids, gelu):
     "The features of a CLIP text tower, from its weights."
-    x = tower.token_embedding.weight[ids] + tower.positional_embedding
+    heads = tower.config.num_attention_heads
+    x = tower.embeddings.token_embedding.weight[ids] + tower.embeddings.position_embedding.weight
     b, n, c = x.shape
     later = torch.ones(n, n).triu(1).bool()
-    for block in tower.transformer.resblocks:
-        attn, mlp = block.attn, block.mlp
-        qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
-        q, k, v = qkv.view(b, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    for layer in tower.encoder.layers:
+        attn, h = layer.self_attn, layer.layer_norm1(x)
+        q, k, v = (part(h).view(b, n, heads, -1).transpose(1, 2) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
         scores = (q @ k.transpose(-1, -2) / q.shape[-1]**0.5).masked_fill(later, -torch.inf)
         x = x + attn.out_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, c))
-        x = x + mlp.c_proj(gelu(mlp.c_fc(block.ln_2(x))))
-    return tower.ln_final(x)
+        x = x + layer.mlp.fc2(gelu(layer.mlp.fc1(layer.layer_norm2(x))))
+    return tower.final_layer_norm(x)
+
+
+def to_open_clip(state):
+    "Tensors of the text tower by the names of open_clip: the map of the chapter, read backwards."
+    found = {}
+    for name, x in state.items():
+        if '.k_proj.' in name or '.v_proj.' in name:
+            continue
+        if '.q_proj.' in name:
+            x = torch.cat([state[name.replace('.q_proj.', f'.{part}_proj.')] for part in 'qkv'])
+        for theirs, ours in open_clip_names.items():
+            name = name.replace(ours, theirs)
+        found[name.replace('.self_attn.q_proj.', '.attn.in_proj_')] = x
+    return found
 
 
 @pytest.mark.parametrize('activation, gelu', [('quick_gelu', lambda x: x * torch.sigmoid(1.702 * x)), ('gelu', F.gelu)])
@@ -157,7 +171,7 @@ def test_clip_features_written_out(small, activation, gelu):
 @pytest.mark.parametrize('prefix', ['', 'text.'])
 def test_clip_weights_from_a_file(small, tmp_path, prefix):
     source = ClipTextEncoder(small)
-    state = {f'{prefix}{name}': x for name, x in source.tower.state_dict().items()}
+    state = {f'{prefix}{name}': x for name, x in to_open_clip(source.tower.state_dict()).items()}
     state |= {'visual.conv1.weight': torch.zeros(2), 'logit_scale': torch.zeros(()),
               f'{prefix}text_projection': torch.zeros(32, 32)}
     save_file(state, tmp_path / 'clip.safetensors')
@@ -186,33 +200,30 @@ def test_transformers_gives_the_same_features(small, tmp_path, whole):
     assert torch.equal(ClipTextEncoder(small, tmp_path / 'model.safetensors')(ids), clip(ids))
 
 
-def to_transformers(state):
-    "Tensors of open_clip's text tower by the names of transformers: the map of the chapter, read backwards."
-    found = {}
-    for name, x in state.items():
-        for theirs, ours in reversed(transformers_names.items()):
-            name = name.replace(ours, theirs)
-        parts = {name.replace('.q_proj.', f'.{part}_proj.'): y for part, y in zip('qkv', x.chunk(3))}
-        found |= parts if '.q_proj.' in name else {name: x}
-    return found
-
-
 @torch.no_grad()
-def test_the_same_weights_under_both_names(small):
-    from transformers import CLIPTextConfig, CLIPTextModel
+def test_the_features_of_open_clip(small, tmp_path, monkeypatch):
+    "open_clip's own tower with the same weights gives the same features."
+    import open_clip
     clip = ClipTextEncoder(small)
     for p in clip.tower.parameters():
         nn.init.normal_(p, std=0.2)
-    state = clip.tower.state_dict()
-    sizes = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=3, intermediate_size=128)
-    theirs = CLIPTextModel(CLIPTextConfig(**sizes, hidden_act='quick_gelu')).eval()
-    prefix = 'text_model.' if any(name.startswith('text_model.') for name in theirs.state_dict()) else ''
-    theirs.load_state_dict({prefix + name: x for name, x in to_transformers(state).items()}, strict=True)
+    sizes = open_clip.get_model_config('ViT-L-14-336')['text_cfg']
+    theirs = open_clip.transformer.TextTransformer(**sizes, output_dim=None, output_tokens=True, act_layer=open_clip.transformer.QuickGELU)
+    theirs.load_state_dict(to_open_clip(clip.tower.state_dict()), strict=True)
+    save_file(theirs.state_dict(), tmp_path / 'theirs.safetensors')
     ids = clip.tokenize(['a photo of a cat', 'two cats'])
-    features, wanted = clip(ids), theirs(ids).last_hidden_state
+    features, wanted = clip(ids), theirs.eval()(ids)[1]
     assert (features - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
-    back = from_transformers(theirs.state_dict())
-    assert back.keys() == state.keys() and all(torch.equal(back[name], x) for name, x in state.items())
+    assert torch.equal(ClipTextEncoder(small, tmp_path / 'theirs.safetensors')(ids), features)
+
+
+def test_random_clip_features_are_those_of_every_process(small):
+    torch.manual_seed(3)
+    before, first = torch.get_rng_state(), ClipTextEncoder(small)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(4)
+    ids = first.tokenize(['a photo of a cat'])
+    assert torch.equal(ClipTextEncoder(small)(ids), first(ids))
 
 
 @torch.no_grad()
@@ -249,9 +260,9 @@ def test_clip_weights_that_are_none(small, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f'{name}'):
             ClipTextEncoder(small, tmp_path / name)
     assert not (tmp_path / 'ran').exists()
-    whole['ln_final.bias'][0] = torch.nan
+    whole['final_layer_norm.bias'][0] = torch.nan
     torch.save(whole, tmp_path / 'nan.pt')
-    with pytest.raises(ValueError, match=r'nan\.pt.*ln_final'):
+    with pytest.raises(ValueError, match=r'nan\.pt.*final_layer_norm'):
         ClipTextEncoder(small, tmp_path / 'nan.pt')
     with pytest.raises(FileNotFoundError):
         ClipTextEncoder(small, 'laion')
