@@ -133,14 +133,14 @@ class Conversion:
     processes: int = os.cpu_count() or 1  # that decode
 
     def run(self):
-        from flowtok.data.convert import convert_pictures, image_folder, list_reasons
+        from flowtok.data.convert import convert_images, image_folder, list_reasons
         from flowtok.data.shapes import whole_number
         try:
             image_folder(self.image_folder)                                      # first: a large list takes seconds to read
-            name, pictures = self.listed()
+            name, entries = self.listed()
             if self.limit is not None:
-                pictures = pictures[:whole_number('limit', self.limit, 1)]
-            source = convert_pictures(name, pictures, self.image_folder, self.out, size=self.size, processes=self.processes,
+                entries = entries[:whole_number('limit', self.limit, 1)]
+            source = convert_images(name, entries, self.image_folder, self.out, size=self.size, processes=self.processes,
                                       samples_per_shard=self.samples_per_shard, progress=True)
         except KeyboardInterrupt:
             sys.exit(f"Stopped. The finished shards in {self.out} stay, and the same command resumes.")
@@ -159,8 +159,8 @@ class Coco(Conversion):
     split: str  # train (with restval), val, test, train2014 or val2014
 
     def listed(self):
-        from flowtok.data.convert import coco_pictures
-        return f'coco-{self.split}', coco_pictures(self.karpathy_json, self.split)
+        from flowtok.data.convert import coco_entries
+        return f'coco-{self.split}', coco_entries(self.karpathy_json, self.split)
 
 
 @dataclass(kw_only=True)
@@ -171,8 +171,8 @@ class Mjhq(Conversion):
     out: Annotated[Positional[str], arg(metavar='OUT')]  # folder for the shards; created when absent
 
     def listed(self):
-        from flowtok.data.convert import mjhq_pictures
-        return 'mjhq-30k', mjhq_pictures(self.meta_data_json)
+        from flowtok.data.convert import mjhq_entries
+        return 'mjhq-30k', mjhq_entries(self.meta_data_json)
 
 # %% ../nbs/cli.ipynb #63bd13c6
 @dataclass(kw_only=True)
@@ -185,13 +185,13 @@ class Folder(Conversion):
     caption_column: str | None = None  # of the table (default: caption, text, prompt ...)
 
     def listed(self):
-        from flowtok.data.convert import folder_pictures, table_pictures
+        from flowtok.data.convert import folder_entries, table_entries
         name = Path(self.image_folder).resolve().name
         if self.captions:
-            return name, table_pictures(self.captions, self.image_column, self.caption_column)
+            return name, table_entries(self.captions, self.image_column, self.caption_column)
         if self.image_column or self.caption_column:
             raise ValueError("--image-column and --caption-column belong to a table: name it with --captions.")
-        return name, folder_pictures(Path(self.image_folder))
+        return name, folder_entries(Path(self.image_folder))
 
 # %% ../nbs/cli.ipynb #ef26b288
 @dataclass

@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
-from made import picture, write
+from made import image, write
 from safetensors.torch import load_file
 
 nano = Path(__file__).parent / 'goldens' / 'flowtok_nano'
@@ -26,6 +26,6 @@ def folder(tmp_path_factory):
     "Five shards of seven images each, called number 0 to number 34."
     folder = tmp_path_factory.mktemp('shards')
     for k in range(5):
-        write(folder / f'{k:05d}.tar', [{'png': picture(seed=i), 'txt': f'number {i}'.encode()}
+        write(folder / f'{k:05d}.tar', [{'png': image(seed=i), 'txt': f'number {i}'.encode()}
                                         for i in range(7 * k, 7 * k + 7)])
     return folder

@@ -7,7 +7,7 @@ import webdataset as wds
 from PIL import Image
 
 
-def picture(height=16, width=16, seed=0, mode='RGB', kind='png', **how):
+def image(height=16, width=16, seed=0, mode='RGB', kind='png', **how):
     file = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).convert(mode).save(file, kind, **how)

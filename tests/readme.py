@@ -25,7 +25,7 @@ def markdown(
         if c.cell_type == 'code': c.source = re.sub(r'(?m)^#\|.*\n?', '', c.source)
         else: c.source = re.sub(r'(\]\()(?![a-z]+:|[#/])([^)\s]+)(\))', _rebase, c.source)
     text, resources = MarkdownExporter().from_notebook_node(nb)
-    if resources.get('outputs'): raise ValueError(f'{path.name} holds a picture as an output; link to a file instead')
+    if resources.get('outputs'): raise ValueError(f'{path.name} holds an image as an output; link to a file instead')
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from made import picture
+from made import image
 from readme import root
 
 from flowtok.config import preset, stages
@@ -56,11 +56,11 @@ def test_bad_parameters_end_before_work_starts(words, sentence, tmp_path):
     assert not list(tmp_path.glob('*.safetensors'))
 
 
-def test_train_on_a_folder_of_your_own_pictures(tmp_path):
+def test_train_on_a_folder_of_your_own_images(tmp_path):
     for i in range(24):
-        (tmp_path / f'{i}.jpg').write_bytes(picture(70 + i, 90, seed=i, kind='jpeg'))
-        (tmp_path / f'{i}.txt').write_text(f'my picture {i} of a red something')
-    (tmp_path / '5.jpg').write_bytes(b'no picture')
+        (tmp_path / f'{i}.jpg').write_bytes(image(70 + i, 90, seed=i, kind='jpeg'))
+        (tmp_path / f'{i}.txt').write_text(f'my image {i} of a red something')
+    (tmp_path / '5.jpg').write_bytes(b'no image')
     done = subprocess.run([sys.executable, '-m', 'flowtok.cli', 'shards', 'folder', '.', 'shards'], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (tmp_path / 'list.json').write_text('[{"shards": "shards/*.tar", "min_side": 64}, {"shards": "shards/{00000..00001}.tar"}]')
@@ -83,8 +83,8 @@ def test_a_paper_size_trains_draws_and_captions(scale, tmp_path):
     assert largest < 24 * 2**(20 if sys.platform == 'linux' else 30)
     pipe = FlowTokPipeline.from_pretrained(tmp_path)
     assert pipe.parts.keys() == set(stages) and pipe.config == preset(scale)
-    picture, = pipe('a red star', num_inference_steps=2, generator=torch.Generator().manual_seed(0))
-    assert picture.size == (256, 256) and isinstance(pipe.caption(picture, num_inference_steps=2)[0], str)
+    image, = pipe('a red star', num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    assert image.size == (256, 256) and isinstance(pipe.caption(image, num_inference_steps=2)[0], str)
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def test_one_prompt_or_many_and_every_output_type(pipe):
     assert pipe(prompts, num_inference_steps=2, output_type='tokens').shape == (5, 16, 16)
 
 
-def test_a_picture_depends_on_its_own_generator_alone(pipe):
+def test_an_image_depends_on_its_own_generator_alone(pipe):
     def run(which, batch_size):
         generators = [torch.Generator().manual_seed(i) for i in which]
         return pipe([prompts[i] for i in which], 3, generator=generators, output_type='pt', batch_size=batch_size)
@@ -87,8 +87,8 @@ def test_solver_grid_and_interval_reach_both_directions(pipe):
     assert torch.equal(usual, run(times=(0, .25, .5, .75, 1), guidance_interval=pipe.config.sampling.guidance_interval))
     for how in (dict(solver='ab2'), dict(times=(0, .5, 1)), dict(guidance_interval=(0., .5))):
         assert not torch.allclose(usual, run(**how), atol=1e-4)
-    picture = Image.fromarray(render(draw_scene(0, 'seen')))
-    assert pipe.caption(picture, 4, solver='ab2', times=(0, .5, 1), guidance_interval=(0., .5))
+    image = Image.fromarray(render(draw_scene(0, 'seen')))
+    assert pipe.caption(image, 4, solver='ab2', times=(0, .5, 1), guidance_interval=(0., .5))
 
 
 def test_the_schedule_of_the_config_is_followed_in_both_directions(monkeypatch):
@@ -135,7 +135,7 @@ def test_compiled_batches_keep_their_size_and_are_announced(pipe, monkeypatch, c
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
-def test_memory_does_not_grow_with_the_number_of_pictures(pipe):
+def test_memory_does_not_grow_with_the_number_of_images(pipe):
     def megabytes(): return int(open('/proc/self/statm').read().split()[1]) * 4096 / 1e6
     stream = pipe.stream(itertools.cycle(prompts), 1, output_type='pt', batch_size=16)
     used = [next(stream) is not None and megabytes() for _ in range(24)]
@@ -172,12 +172,12 @@ def test_save_and_load_give_the_same(pipe, tmp_path):
     assert torch.equal(*draws)
 
 
-def test_captions_take_any_picture(pipe):
-    picture = Image.fromarray(render(draw_scene(0, 'seen')))
-    same = pipe.caption([picture, picture.convert('RGBA'), picture.resize((128, 128), Image.Resampling.NEAREST)], 4)
+def test_captions_take_any_image(pipe):
+    image = Image.fromarray(render(draw_scene(0, 'seen')))
+    same = pipe.caption([image, image.convert('RGBA'), image.resize((128, 128), Image.Resampling.NEAREST)], 4)
     assert len(same) == 3 and same[0] == same[1]
-    assert len(pipe.caption([picture.convert(mode) for mode in ('L', 'P', 'CMYK')] + [picture.crop((0, 0, 50, 20))], 2)) == 4
-    assert pipe.caption(picture, 4) == same[:1]
+    assert len(pipe.caption([image.convert(mode) for mode in ('L', 'P', 'CMYK')] + [image.crop((0, 0, 50, 20))], 2)) == 4
+    assert pipe.caption(image, 4) == same[:1]
 
 
 @pytest.mark.parametrize('call', [

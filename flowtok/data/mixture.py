@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import build
+from ..files import is_inside
 from .images import (IMAGE_FILES, MAX_PIXELS, Skip, captions_of, decode_image, metadata_of, find_shards, image_bytes,
                           is_remote, open_image, read_moments, read_shard)
 from ..config import split_words
@@ -79,13 +80,14 @@ def find_sources(
         held = json.loads(Path(name).read_text(encoding='utf-8'))
     except ValueError as error:
         raise ValueError(f"The list of sources {name} is not JSON: {error}.") from None
-    return list_sources(held.get('sources') if isinstance(held, dict) else held, name)
+    return list_sources(held.get('sources') if isinstance(held, dict) else held, name, confined=name == cache)
 
 # %% ../../nbs/data/04_mixture.ipynb #a30791f6
 def list_sources(
     entries,  # what the file holds
     name: str,  # of the file
-) -> list[Source]:
+    confined: bool = False,  # a file that came with the data: its shards lie in its own folder
+) -> list[Source]:  # ValueError where a source names a command, or a confined one a place elsewhere
     "Parse a list of sources."
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f'{name} must hold a list of sources, like [{{"shards": "cc12m", "preset": "cc12m"}}].')
@@ -98,6 +100,10 @@ def list_sources(
         source = build(Source, asdict(paper_sources.get(preset, Source(''))) | given, where)
         if not source.shards:
             raise ValueError(f"{where} has no shards: say where they are.")
+        if source.shards.lower().startswith('pipe:'):
+            raise ValueError(f"{where} names a command, {source.shards!r}: a command is only run where it is given as the data itself.")
+        if confined and (is_remote(source.shards) or not is_inside(source.shards)):
+            raise ValueError(f"{where} names a place outside of its folder, {source.shards!r}: give the list itself as the data to read it from there.")
         if not is_remote(source.shards):
             source = replace(source, shards=os.path.join(os.path.dirname(name), source.shards))
         find_shards(source.shards)

@@ -106,7 +106,7 @@ def as_pixels(
     pixels = np.asarray(image.convert('RGB')) if isinstance(image, Image.Image) else image
     shape, kind = getattr(pixels, 'shape', ()), getattr(pixels, 'dtype', type(pixels).__name__)
     if kind != np.uint8 or len(shape) != 3 or shape[2] != 3 or shape[0] != shape[1] or shape[0] < 64:
-        raise ValueError("A picture to read must be a PIL image or a uint8 array (h, w, 3), square and at least "
+        raise ValueError("An image to read must be a PIL image or a uint8 array (h, w, 3), square and at least "
                          f"64 pixels wide: got {kind} of shape {tuple(shape)}.")
     if len(pixels) % 64:
         pixels = np.asarray(Image.fromarray(pixels).resize((64, 64), Image.Resampling.BOX))
@@ -250,9 +250,9 @@ def read(
 ) -> Reading:
     "Recognise the contents of an image."
     from scipy import ndimage
-    picture = as_pixels(image)
-    grey = picture.mean(-1)
-    chroma = picture - grey[..., None]
+    image = as_pixels(image)
+    grey = image.mean(-1)
+    chroma = image - grey[..., None]
     colourfulness = np.linalg.norm(chroma, axis=-1)
     things = tuple(read_thing(chroma, core) for core in find_cores(colourfulness))
     coloured = ndimage.binary_dilation(colourfulness > .08, iterations=2)

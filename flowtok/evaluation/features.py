@@ -117,7 +117,7 @@ def find_extractors(
 
 # %% ../../nbs/evaluation/02_features.ipynb #039073c2
 MOST_ROWS = 5000  # reference images whose features are kept
-INTERVALS = {True: 'generated and reference pictures drawn', False: 'generated pictures alone drawn'}
+INTERVALS = {True: 'generated and reference images drawn', False: 'generated images alone drawn'}
 
 
 @dataclass(frozen=True)

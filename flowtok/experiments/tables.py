@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'NOT_MEASURED', 'MEASURES', 'SAME_VARIANT', 'CONTENTS', 'find_records', 'records_of', 'conditions_of',
-           'Measured', 'from_pictures', 'from_captions', 'from_speed', 'from_training', 'all_measured', 'beside',
+           'Measured', 'from_images', 'from_captions', 'from_speed', 'from_training', 'all_measured', 'beside',
            'count_parameters', 'table_1', 'table_5', 'table_6', 'interval_of', 'summarise', 'compare', 'sentence_of',
            'summary_rows', 'table_4', 'figure_2', 'contents_row', 'readme', 'build_tables']
 
@@ -87,7 +87,7 @@ class Measured:
                 'commit': (self.run.git['commit'] or '')[:10], 'record': f'[record]({self.where})'}
 
 # %% ../../nbs/experiments/04_tables.ipynb #2bc14034
-def from_pictures(where: str, run: RunRecord, measure: str) -> Iterable[Measured]:
+def from_images(where: str, run: RunRecord, measure: str) -> Iterable[Measured]:
     "What a record of COCO or MJHQ-30K holds."
     metrics = run.metrics
     for resize, fid in metrics['fid'].items():
@@ -132,8 +132,8 @@ def all_measured(
 ) -> list[Measured]:
     "The numbers of tables 2 and 3."
     measured = []
-    for notebook, numbers in (('benchmark_coco', lambda *of: from_pictures(*of, COLUMNS_2[6])),
-                              ('benchmark_mjhq', lambda *of: from_pictures(*of, COLUMNS_2[7])),
+    for notebook, numbers in (('benchmark_coco', lambda *of: from_images(*of, COLUMNS_2[6])),
+                              ('benchmark_mjhq', lambda *of: from_images(*of, COLUMNS_2[7])),
                               ('benchmark_speed', from_speed), ('train', from_training),
                               ('benchmark_captions', from_captions)):
         for where, run in records_of(records, notebook).items():
@@ -308,7 +308,7 @@ def table_4(records: dict[str, RunRecord]) -> list[dict]:
         rows.append({'part': row['part'], 'variant': row['what'], 'COCO FID-30K (paper, FlowTok-B)': row['COCO FID-30K'],
                      **{key: value for key, value in measured.items() if key != 'variant'}})
     own = {name: row for name, row in summary.items() if name not in SAME_VARIANT.values()}
-    parts = {name: 'this book: a new tokenizer, its own pictures rebuilt' if name.startswith('text dropped') else 'this book' for name in own}
+    parts = {name: 'this book: a new tokenizer, its own images rebuilt' if name.startswith('text dropped') else 'this book' for name in own}
     return rows + [{'part': parts[name], **row} for name, row in own.items()]
 
 
@@ -319,11 +319,11 @@ def figure_2(records: dict[str, RunRecord]) -> list[dict]:
 # %% ../../nbs/experiments/04_tables.ipynb #804b168c
 CONTENTS = (  # name, what it is about, notebook, files
     ('table 1', 'sizes of the models', '', ('table_1',)),
-    ('table 2', 'pictures from captions', 'benchmark_coco benchmark_mjhq benchmark_speed train', ('table_2',)),
-    ('table 3', 'captions from pictures', 'benchmark_captions', ('table_3',)),
+    ('table 2', 'images from captions', 'benchmark_coco benchmark_mjhq benchmark_speed train', ('table_2',)),
+    ('table 3', 'captions from images', 'benchmark_captions', ('table_3',)),
     ('table 4', 'the alignment loss and more, taken apart', 'ablations', ('table_4', 'ablations/summary.png', 'ablations/steps.md')),
     ('table 5', 'training data', '', ('table_5',)), ('table 6', 'hyper-parameters', '', ('table_6',)),
-    ('figure 1', 'pictures with their prompts', 'figures', ('figures/figure_1.png',)),
+    ('figure 1', 'images with their prompts', 'figures', ('figures/figure_1.png',)),
     ('figure 2', 'text as a source or as a condition', 'text_as_source', ('figure_2', 'text_as_source/curves.png')),
     ('figure 3', 'quality against cost and speed', 'figures', ('figures/figure_3.png',)),
     ('figure 4', 'overview of the system', 'figures', ('figures/figure_4.png',)))

@@ -58,7 +58,7 @@ class PatchDiscriminator(nn.Module):
         images: Tensor,  # about [0, 1], (b, 3, h, w), h and w at least 2**depth
     ) -> Tensor:  # logits, (b, 1, h // 2**depth, w // 2**depth)
         if min(images.shape[2:]) < self.unit:
-            raise ValueError(f"This discriminator needs pictures of at least {self.unit} x {self.unit} pixels, got "
+            raise ValueError(f"This discriminator needs images of at least {self.unit} x {self.unit} pixels, got "
                              f"{tuple(images.shape[2:])}.")
         return self.layers(images)
 

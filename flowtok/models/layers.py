@@ -91,7 +91,7 @@ def apply_rope(
 
 # %% ../../nbs/models/01_layers.ipynb #5982b395
 class RotaryTables(nn.Module):
-    "Rotary tables of a grid, remade when the grid changes."
+    "Rotary tables: those of the usual grid are kept, others are made when they are asked for."
     def __init__(
         self,
         head_dim: int,  # width of an attention head, a multiple of 4
@@ -101,16 +101,13 @@ class RotaryTables(nn.Module):
         coordinates: Callable = grid_coordinates,  # (rows, columns) -> places of the tokens, (n, 2)
     ):
         super().__init__()
-        self.head_dim, self.theta, self.coordinates = head_dim, theta, coordinates
-        self.make(rows, columns, None)
+        self.head_dim, self.theta, self.coordinates, self.grid = head_dim, theta, coordinates, (rows, columns)
+        for name, table in zip(('cos', 'sin'), self.make(rows, columns)):
+            self.register_buffer(name, table, persistent=False)
 
-    @torch.inference_mode(False)  # tables made while sampling must serve training, too
-    def make(self, rows: int, columns: int, device: torch.device | None):
+    def make(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:  # float32, (n, head_dim) each
         "Compute the tables of a grid."
-        tables = rope_angles(self.coordinates(rows, columns), self.head_dim, self.theta)
-        for name, table in zip(('cos', 'sin'), tables):
-            self.register_buffer(name, table.to(device), persistent=False)
-        self.grid = rows, columns
+        return rope_angles(self.coordinates(rows, columns), self.head_dim, self.theta)
 
     def forward(
         self,
@@ -119,9 +116,10 @@ class RotaryTables(nn.Module):
         device: torch.device,  # of the tables
     ) -> tuple[Tensor, Tensor]:  # cosines and sines, float32, (n, head_dim) each
         "The tables of a grid."
-        if self.grid != (rows, columns) or self.cos.device != device:
-            self.make(rows, columns, device)
-        return self.cos, self.sin
+        if self.grid == (rows, columns) and self.cos.device == device:
+            return self.cos, self.sin
+        cos, sin = self.make(rows, columns)
+        return cos.to(device), sin.to(device)
 
 # %% ../../nbs/models/01_layers.ipynb #2604d19e
 class Attention(nn.Module):

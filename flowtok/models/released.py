@@ -168,7 +168,7 @@ def build_model(
     model.load_state_dict(filled, assign=True)
     for module in model.modules():
         if isinstance(module, RotaryTables):
-            module.make(*module.grid, 'cpu')
+            module.cos, module.sin = module.make(*module.grid)
     return model.eval()
 
 # %% ../../nbs/models/05_released.ipynb #b80c38bb
@@ -261,7 +261,7 @@ def tokenizer_config(
                    text='decoder.text_guidance_proj.weight:2:1')
     size = math.isqrt(s['rows'] - extra) * s['patch']
     if learned and image_size not in (None, size):
-        raise ValueError(f"Learned positions are bound to pictures of {size} pixels, got image_size {image_size}.")
+        raise ValueError(f"Learned positions are bound to images of {size} pixels, got image_size {image_size}.")
     tokenizer = TokenizerConfig(
         size if image_size is None else image_size, s['patch'], s['tokens'], s['dim'],
         s['encoder'], count_layers(state, 'encoder.transformer'),

@@ -258,7 +258,7 @@ def check_array(
 def check_sizes(sizes: tuple[int, int], unit: int):
     "Validate height and width of images."
     if min(sizes) < unit or any(n % unit for n in sizes):
-        raise ValueError(f"Height and width of a picture must be multiples of {unit}, got {tuple(sizes)}.")
+        raise ValueError(f"Height and width of an image must be multiples of {unit}, got {tuple(sizes)}.")
 
 # %% ../../nbs/models/02_tokenizer.ipynb #ff602fc1
 class ImageTokenizer(TokenScale):

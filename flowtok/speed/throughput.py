@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Comparison', 'make_pipeline', 'some_prompts', 'generate_fixed', 'compare_sampling', 'trick_rows', 'stage_rows',
-           'whole_picture', 'BenchFlowStage', 'make_stage', 'make_batch', 'our_training', 'compare_training',
+           'whole_image', 'BenchFlowStage', 'make_stage', 'make_batch', 'our_training', 'compare_training',
            'training_rows', 'muon_rows', 'break_even', 'compile_row', 'run_benchmark', 'speed_record', 'benchmark']
 
 # %% ../../nbs/speed/03_throughput.ipynb #56aacd62
@@ -166,14 +166,14 @@ def stage_rows(
     return rows
 
 
-def whole_picture(
+def whole_image(
     rows: list[dict],  # of `stage_rows`
     times: list[float],  # of the pipeline in the same precision, seconds
 ) -> dict:
     "The row of all stages together, against the time from captions to pixels."
     def over(value): return sum(row['calls'] * value(row) for row in rows)
     took = 1e3 * statistics.median(times)
-    return {'stage': 'whole picture', 'precision': rows[-1]['precision'], 'calls': 1, 'Gops a call': over(lambda row: row['Gops a call']),
+    return {'stage': 'whole image', 'precision': rows[-1]['precision'], 'calls': 1, 'Gops a call': over(lambda row: row['Gops a call']),
             'MB of weights': sum(row['MB of weights'] for row in rows), 'floor, ms': over(lambda row: row['floor, ms']), 'measured, ms': took,
             'spread, ms': f'{1e3 * min(times):.4g} to {1e3 * max(times):.4g}',
             'share of ceiling': over(lambda row: row['measured, ms'] * row['share of ceiling']) / took}
@@ -272,8 +272,8 @@ def training_rows(
     device: torch.device = torch.device('cpu'),
 ) -> list[dict]:
     "Both loops in every stage of training."
-    rows, moved = [], 'from caption to picture or back'
-    for stage, tokens in zip(stages, ('of a picture', 'of a caption', moved, moved)):
+    rows, moved = [], 'from caption to image or back'
+    for stage, tokens in zip(stages, ('of an image', 'of a caption', moved, moved)):
         samples = max(1, batch_size // 4) if stage == 'tokenizer' else batch_size
         compared = compare_training(config, stage, samples, repeats, device)
         for row in compared.rows(samples, training_operations(config, stage), ceilings):
@@ -318,7 +318,7 @@ def compile_row(
     repeats: int = 5,
 ) -> dict:
     "Cost and gain of torch.compile."
-    row = {'model': pipe.config.name, 'precision': precision, 'pictures a call': batch_size}
+    row = {'model': pipe.config.name, 'precision': precision, 'images a call': batch_size}
     with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=empty),
           warnings.catch_warnings()):
         warnings.simplefilter('ignore')                                          # of what it cannot make faster; that is measured
@@ -330,11 +330,11 @@ def compile_row(
             times = time_interleaved(calls, pipe.device, repeats)
         except Exception as error:                                               # each compiler fails in its own way
             why = str(error).strip().partition('\n')[0][:200]
-            return row | {'pays from so many pictures': f'not measured: {type(error).__name__}: {why}'}
+            return row | {'pays from so many images': f'not measured: {type(error).__name__}: {why}'}
     eager, later = (statistics.median(seconds_each) for seconds_each in times.values())
     return row | {'seconds of compiling': first - later, 'seconds a call, eager': eager, 'seconds a call, compiled': later,
                   'relative difference': f"{relative(outputs['compiled'], outputs['eager']):.1e}",
-                  'pays from so many pictures': break_even(first - later, eager / batch_size, later / batch_size)}
+                  'pays from so many images': break_even(first - later, eager / batch_size, later / batch_size)}
 
 # %% ../../nbs/speed/03_throughput.ipynb #3843a49d
 def run_benchmark(
@@ -358,7 +358,7 @@ def run_benchmark(
     for name in list(sampled.times)[2:]:                                         # the optimised ones
         precision = name.split()[-1]
         rows = stage_rows(pipe.optimize(precision), batch_size, steps, tables['ceilings'], precision, repeats)
-        whole = whole_picture(rows, sampled.times[name])
+        whole = whole_image(rows, sampled.times[name])
         tables['stages'] += [row for row in rows if row['precision'] == precision] + [whole]
     if compile:
         which = (pipe, batch_size, steps, precision) if device.type == 'cuda' else (FlowTokPipeline.from_pretrained(), batch_size, steps)

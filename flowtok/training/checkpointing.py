@@ -195,9 +195,9 @@ def make_sheet(
     high = wide * pixels.shape[1] // pixels.shape[2]
     sheet = Image.new('RGB', (wide * columns, (high + text) * -(-len(pixels) // columns)), 'white')
     write = ImageDraw.Draw(sheet).text
-    for i, picture in enumerate(pixels):
+    for i, image in enumerate(pixels):
         x, y = i % columns * wide, i // columns * (high + text)
-        sheet.paste(Image.fromarray(picture).resize((wide, high), Image.Resampling.NEAREST), (x, y))
+        sheet.paste(Image.fromarray(image).resize((wide, high), Image.Resampling.NEAREST), (x, y))
         write((x + 2, y + high), '\n'.join(wrap(prompts[i % len(prompts)], wide // 6)[:4]), fill='black', font_size=10)
     return sheet
 
@@ -216,12 +216,12 @@ def show_progress(
     stage.eval()
     with ema.applied(), torch.random.fork_rng():
         torch.manual_seed(0)
-        pictures = stage.pictures(*batch) if hasattr(stage, 'pictures') else None
+        images = stage.pictures(*batch) if hasattr(stage, 'pictures') else None
         captions = stage.captions(*batch) if hasattr(stage, 'captions') else None
     stage.train()
-    if pictures is not None:
+    if images is not None:
         with atomic_path(folder / f'{step:07d}.png') as part:
-            make_sheet(to_pixels(pictures), prompts).save(part, 'png')
+            make_sheet(to_pixels(images), prompts).save(part, 'png')
     if captions is not None:
         log.write(step=step, captions=captions, prompts=prompts)
 

@@ -17,10 +17,10 @@ from flowtok.data import convert as shards
 from flowtok.data.images import captions_of, find_shards, read_samples
 from flowtok.files import data_identity
 from flowtok import cli
-from flowtok.data.convert import Dropped, Picture, convert_pictures, make_sample, pack_image
+from flowtok.data.convert import Dropped, ImageEntry, convert_images, make_sample, pack_image
 
 
-def picture_bytes(kind='JPEG', size=(40, 30), mode='RGB', **options):
+def image_file(kind='JPEG', size=(40, 30), mode='RGB', **options):
     "An image file"
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     stream = io.BytesIO()
@@ -30,7 +30,7 @@ def picture_bytes(kind='JPEG', size=(40, 30), mode='RGB', **options):
 
 def save(path, data=None):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture_bytes() if data is None else data)
+    path.write_bytes(image_file() if data is None else data)
     return path
 
 
@@ -44,13 +44,13 @@ def here(tmp_path, monkeypatch):
         name = f'COCO_{folder}_{i:012d}.jpg'
         save(tmp_path / 'coco' / folder / name)
         images.append(dict(cocoid=i, filepath=folder, filename=name, split=split, imgid=i,
-                           sentences=[{'raw': f'picture {i}, sentence {k}'} for k in range(5)]))
+                           sentences=[{'raw': f'image {i}, sentence {k}'} for k in range(5)]))
     (tmp_path / 'coco.json').write_text(json.dumps({'images': images, 'dataset': 'coco'}))
     about = {f'{i:x}' * 8: dict(category='food' if i % 2 else 'art', prompt=f'prompt {i}') for i in range(10, 14)}
     for key, facts in about.items(): save(tmp_path / 'mjhq' / facts['category'] / f'{key}.jpg')
     (tmp_path / 'meta.json').write_text(json.dumps(about))
     for i, name in enumerate(['b.png', 'sub/a.JPG', 'c.webp']):
-        save(tmp_path / 'mine' / name, picture_bytes(['PNG', 'JPEG', 'WEBP'][i]))
+        save(tmp_path / 'mine' / name, image_file(['PNG', 'JPEG', 'WEBP'][i]))
         (tmp_path / 'mine' / name).with_suffix('.txt').write_text(f' caption of {name}\n', encoding='utf-8-sig')
     save(tmp_path / 'mine' / '.hidden' / 'd.png')
     save(tmp_path / 'mine' / '._b.png')
@@ -87,7 +87,7 @@ def test_coco(here, capsys):
         assert {(entry.mtime, entry.uid, entry.gid) for entry in tar} == {(0, 0, 0)}
     found = samples_of('out')
     assert found[1]['jpg'] == (here / 'coco/val2014/COCO_val2014_000000000004.jpg').read_bytes()
-    said = [f'picture 4, sentence {k}' for k in range(5)]
+    said = [f'image 4, sentence {k}' for k in range(5)]
     assert captions_of(found[1]) == said and found[1]['txt'].decode() == said[0]
     assert json.loads(found[1]['json']) == dict(
         key='000000000004', caption=said[0], captions=said, status='success', width=40, height=30, original_width=40,
@@ -102,7 +102,7 @@ def test_coco(here, capsys):
 @pytest.mark.parametrize('split, ids', [('train', [0, 1, 5]), ('restval', [1]), ('val', [2]), ('test', [3, 4, 6]),
                                         ('val2014', [1, 2, 3, 4, 6]), ('train2014', [0, 5])])
 def test_splits_of_coco(here, split, ids):
-    assert [picture.facts['cocoid'] for picture in shards.coco_pictures('coco.json', split)] == ids
+    assert [entry.facts['cocoid'] for entry in shards.coco_entries('coco.json', split)] == ids
 
 
 def test_mjhq(here):
@@ -138,7 +138,7 @@ def test_folder_with_a_table(here, capsys, ending, image, caption, options):
         else:
             csv.writer(stream, delimiter=',' if ending == 'csv' else '\t').writerows([(image, caption, 'score'), *rows])
     shards_of('folder', 'mine', 'out', '--captions', f'table.{ending}', *options)
-    assert 'left out: missing picture 1, missing caption 1' in capsys.readouterr().out
+    assert 'left out: missing image 1, missing caption 1' in capsys.readouterr().out
     found = samples_of('out')
     assert [captions_of(sample) for sample in found] == [['one', 'three'], ['two']]
     assert [json.loads(sample['json'])['score'] for sample in found] == [5.5, 4]
@@ -152,30 +152,30 @@ def test_texts_become_numbers_only_where_they_are_finite_numbers():
 # images
 
 @pytest.mark.parametrize('kind, ending', [('JPEG', 'jpg'), ('PNG', 'png'), ('WEBP', 'webp')])
-def test_bytes_are_kept_unless_a_picture_is_too_large(kind, ending):
-    data = picture_bytes(kind)
+def test_bytes_are_kept_unless_an_image_is_too_large(kind, ending):
+    data = image_file(kind)
     for size in (None, 30, 100): assert pack_image(data, size)[:2] == (ending, data)
     packed = pack_image(data, 15)
     assert packed[0] == ending and Image.open(io.BytesIO(packed[1])).size == (20, 15)
     assert packed[2] == dict(width=20, height=15, original_width=40, original_height=30)
 
 
-def test_a_smaller_picture_is_upright_and_transparent_still():
+def test_a_smaller_image_is_upright_and_transparent_still():
     exif = Image.Exif()
     exif[274] = 6                                   # turn by a quarter
-    turned = pack_image(picture_bytes(exif=exif), 15)
+    turned = pack_image(image_file(exif=exif), 15)
     assert Image.open(io.BytesIO(turned[1])).size == (15, 20) and turned[2]['original_height'] == 40
-    assert Image.open(io.BytesIO(pack_image(picture_bytes('PNG', mode='RGBA'), 15)[1])).mode == 'RGBA'
-    for mode in ('L', 'CMYK'): assert Image.open(io.BytesIO(pack_image(picture_bytes(mode=mode), 15)[1])).mode == 'RGB'
+    assert Image.open(io.BytesIO(pack_image(image_file('PNG', mode='RGBA'), 15)[1])).mode == 'RGBA'
+    for mode in ('L', 'CMYK'): assert Image.open(io.BytesIO(pack_image(image_file(mode=mode), 15)[1])).mode == 'RGB'
     sixteen = io.BytesIO()
     Image.fromarray(np.full((30, 40), 40_000, np.uint16)).save(sixteen, 'PNG')
     assert pack_image(sixteen.getvalue(), 15)[1] == sixteen.getvalue()
 
 
 @pytest.mark.parametrize('data, reason', [
-    (b'', 'unreadable picture'), (b'<html>', 'unreadable picture'), (picture_bytes()[:600], 'unreadable picture'),
-    (picture_bytes('PNG')[:600], 'unreadable picture'), (picture_bytes('GIF', mode='P'), 'unreadable picture')])
-def test_broken_pictures(data, reason):
+    (b'', 'unreadable image'), (b'<html>', 'unreadable image'), (image_file()[:600], 'unreadable image'),
+    (image_file('PNG')[:600], 'unreadable image'), (image_file('GIF', mode='P'), 'unreadable image')])
+def test_broken_images(data, reason):
     with pytest.raises(Dropped, match=reason): pack_image(data)
 
 
@@ -192,12 +192,12 @@ def test_reasons(here):
     (here / 'mine/empty.txt').write_text(' \n')
     (here / 'mine/folder.jpg').mkdir()
 
-    def reason(file, captions=('yes',), key='1'): return make_sample(Picture(key, file, captions, {}), here / 'mine')
+    def reason(file, captions=('yes',), key='1'): return make_sample(ImageEntry(key, file, captions, {}), here / 'mine')
 
     for file in ('../secret.jpg', str(here / 'secret.jpg'), 'sub/../../secret.jpg', 'sub/../b.png'):
         assert reason(file) == 'unsafe name'
     for key in ('a.b', '../x', '', 'a/b', 'é'): assert reason('b.png', key=key) == 'unsafe name'
-    for file in ('gone.jpg', '', 'folder.jpg', 'x' * 300, 'null\0.jpg'): assert reason(file) == 'missing picture'
+    for file in ('gone.jpg', '', 'folder.jpg', 'x' * 300, 'null\0.jpg'): assert reason(file) == 'missing image'
     assert reason('plain.jpg', None) == reason('empty.jpg', None) == reason('b.png', [None, ' ']) == 'missing caption'
     assert reason('latin.jpg', None) == 'unreadable caption'
     assert captions_of(reason('b.png', ['a \ud83d', 'b'])) == ['a', 'b']
@@ -208,10 +208,10 @@ def test_what_is_left_out_is_counted_and_told(here, capsys):
     save(here / 'coco/val2014/COCO_val2014_000000000004.jpg', b'broken')
     shards_of('coco', 'coco.json', 'coco', 'out', '--split', 'val2014', '--samples-per-shard', '2')
     assert '3 of 5 images' in (told := capsys.readouterr().out)
-    assert 'left out: missing picture 1, unreadable picture 1' in told
+    assert 'left out: missing image 1, unreadable image 1' in told
     stats = json.loads((here / 'out/00001_stats.json').read_text())
     assert stats['successes'] == 0 and (stats['failed_to_download'], stats['failed_to_resize']) == (1, 1)
-    assert stats['dropped']['000000000003'] == dict(reason='missing picture',
+    assert stats['dropped']['000000000003'] == dict(reason='missing image',
                                                     file='val2014/COCO_val2014_000000000003.jpg')
     assert [path.name for path in sorted((here / 'out').glob('*.tar'))] == ['00000.tar', '00002.tar']
     before = contents(here / 'out')
@@ -222,7 +222,7 @@ def test_what_is_left_out_is_counted_and_told(here, capsys):
 def test_a_set_of_which_nothing_is_left_leaves_nothing(here, capsys):
     for path in (here / 'mjhq').rglob('*.jpg'): path.write_bytes(b'broken')
     sentence = fails(capsys, 'mjhq', 'meta.json', 'mjhq', 'out')
-    assert sentence == 'No picture of mjhq-30k can be kept: unreadable picture 4.'
+    assert sentence == 'No image of mjhq-30k can be kept: unreadable image 4.'
     assert contents(here / 'out') == {}
 
 
@@ -263,7 +263,7 @@ def test_a_stopped_conversion_goes_on(here, monkeypatch, where):
 @pytest.mark.parametrize('sent, after', [(signal.SIGKILL, '00000.tar'), (signal.SIGINT, '00000.tar'),
                                          (signal.SIGINT, 'plan.json')])
 def test_a_killed_conversion_leaves_no_process_and_goes_on(here, sent, after):
-    data = picture_bytes(size=(400, 300))
+    data = image_file(size=(400, 300))
     for i in range(600):
         save(here / f'many/{i:03d}.jpg', data)
         (here / f'many/{i:03d}.txt').write_text('a caption')
@@ -285,7 +285,7 @@ def test_a_killed_conversion_leaves_no_process_and_goes_on(here, sent, after):
 
 # what is refused
 
-faults = {'half.json': b'{"a": ', 'none.json': b'{}', 'other.csv': b'picture,text\nb.png,hello\n', 'taken': b'',
+faults = {'half.json': b'{"a": ', 'none.json': b'{}', 'other.csv': b'image,text\nb.png,hello\n', 'taken': b'',
           'bad.jsonl': b'{"file": "b.png"}\n{"file"\n', 'list.jsonl': b'[1, 2]\n', 'empty.csv': b'file,text\n',
           'latin.csv': b'file,text\nb.png,caf\xe9\n'}
 
@@ -297,24 +297,24 @@ faults = {'half.json': b'{"a": ', 'none.json': b'{}', 'other.csv': b'picture,tex
     ('coco coco.json gone out --split val', 'Image folder gone does not exist, or is no folder.'),
     ('coco meta.json coco out --split val', 'File meta.json is not laid out as dataset_coco.json is'),
     ('coco coco.json mjhq out --split test',
-     'Image folder mjhq holds none of the 3 pictures of coco-test; the first would be mjhq/val2014/COCO_val2014_00'),
+     'Image folder mjhq holds none of the 3 images of coco-test; the first would be mjhq/val2014/COCO_val2014_00'),
     ('coco coco.json coco out --split val --size 0', 'size must be a whole number of at least 1, got 0.'),
     ('coco coco.json coco out --split val --samples-per-shard 0', 'samples_per_shard must be'),
     ('coco coco.json coco out --split val --limit -1', 'limit must be a whole number of at least 1'),
     ('mjhq coco.json mjhq out', "File coco.json is not laid out as MJHQ's meta_data.json is"),
     ('mjhq half.json mjhq out', 'File half.json is not JSON: '),
-    ('mjhq none.json mjhq out', 'The list of mjhq-30k holds no pictures.'),
+    ('mjhq none.json mjhq out', 'The list of mjhq-30k holds no images.'),
     ('folder gone out', 'Image folder gone does not exist'),
-    ('folder mjhq out', 'Folder mjhq holds 4 pictures and no captions: put a .txt beside each, or name a table'),
-    ('folder nothing out', 'Folder nothing holds no pictures: their names end in .jpg, .jpeg, .png, .webp.'),
+    ('folder mjhq out', 'Folder mjhq holds 4 images and no captions: put a .txt beside each, or name a table'),
+    ('folder nothing out', 'Folder nothing holds no images: their names end in .jpg, .jpeg, .png, .webp.'),
     ('folder mine out --image-column a', '--image-column and --caption-column belong to a table'),
     ('folder mine out --captions gone.csv', 'Table gone.csv cannot be read: No such file or directory.'),
     ('folder mine out --captions meta.json', "Table meta.json ends in '.json': choose one of .csv, .tsv, .jsonl."),
     ('folder mine out --captions other.csv',
      "Table other.csv has no column 'file' or 'image' or 'file_name' or 'filename' or 'image_path' or 'path': "
-     "name the image column with --image-column, one of 'picture', 'text'."),
-    ('folder mine out --captions other.csv --image-column picture --caption-column alt',
-     "Table other.csv has no column 'alt': name the caption column with --caption-column, one of 'picture', 'text'."),
+     "name the image column with --image-column, one of 'image', 'text'."),
+    ('folder mine out --captions other.csv --image-column image --caption-column alt',
+     "Table other.csv has no column 'alt': name the caption column with --caption-column, one of 'image', 'text'."),
     ('folder mine out --captions bad.jsonl', 'Table bad.jsonl cannot be read after row 1: Expecting'),
     ('folder mine out --captions list.jsonl', 'Table list.jsonl must hold at least one row with columns'),
     ('folder mine out --captions empty.csv', 'Table empty.csv must hold at least one row with columns'),
@@ -331,9 +331,9 @@ def test_faults_are_one_sentence_before_work_starts(here, capsys, words, sentenc
 
 
 def test_keys_are_unique(here):
-    pictures = shards.folder_pictures('mine')
+    entries = shards.folder_entries('mine')
     with pytest.raises(ValueError, match='000000000.*2'):
-        convert_pictures('mine', [pictures[0], *pictures], 'mine', 'out')
+        convert_images('mine', [entries[0], *entries], 'mine', 'out')
 
 
 def test_another_set_or_option_needs_another_folder(here, capsys):

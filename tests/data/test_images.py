@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made import picture, saved, write
+from made import image, saved, write
 from PIL import Image
 
 from flowtok.data import images as data
@@ -58,15 +58,15 @@ def test_captions_from_every_place():
 
 @pytest.mark.parametrize('mode', ['RGB', 'L', '1', 'P', 'RGBA', 'LA', 'CMYK', 'I;16'])
 @pytest.mark.parametrize('shape', [(16, 16), (9, 40), (40, 9), (8, 8)])
-def test_any_picture_fits(mode, shape):
+def test_any_image_fits(mode, shape):
     file, repairs = io.BytesIO(), set()
     Image.new(mode, shape[::-1]).save(file, 'tiff' if mode == 'CMYK' else 'png')
     assert decode_image(file.getvalue(), 16, repairs=repairs).shape == (16, 16, 3)
     assert decode_image(file.getvalue(), 16, np.random.default_rng(0)).shape == (16, 16, 3)
-    assert repairs == (set() if mode == 'RGB' else {f'picture in {mode}'})
+    assert repairs == (set() if mode == 'RGB' else {f'image in {mode}'})
 
 
-def test_strange_pictures_keep_their_colours():
+def test_strange_images_keep_their_colours():
     grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
     assert (decode_image(saved(Image.fromarray(grey * 257)), 16) == grey[..., None]).all()   # 16 bits, not clipped
     clear = Image.new('RGBA', (16, 16), (0, 0, 0, 0))
@@ -84,7 +84,7 @@ def test_strange_pictures_keep_their_colours():
         repairs = set()
         moving = saved(red, kind, save_all=True, append_images=[blue], **({'lossless': True} if kind == 'webp' else {}))
         assert (decode_image(moving, 16, repairs=repairs)[0, 0] == (255, 0, 0)).all()
-        assert 'first picture of several' in repairs
+        assert 'first image of several' in repairs
 
 
 def test_photographs_are_turned_as_the_camera_was_held():
@@ -109,7 +109,7 @@ def test_pixels_round_as_the_released_evaluation_does():
     assert (to_pixels(to_images(pixels)) == pixels).all()
 
 
-ok = picture(32, 32)
+ok = image(32, 32)
 
 
 def damage(tmp_path):

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from made import picture, saved, write
+from made import image, saved, write
 
 import flowtok.data.loader as streams
 from flowtok.data.images import MAX_CAPTION, Skip, captions_of, find_shards, read_samples, read_shard
@@ -27,10 +27,10 @@ from flowtok.data.loader import NoSamples, shuffle_buffer, open_batches, shard_o
 def test_list_of_sources(folder, tmp_path):
     file = tmp_path / 'sources.json'
     file.write_text(json.dumps([{'preset': 'laion-art', 'shards': str(folder), 'max_aspect': 3, 'weight': 2},
-                                {'shards': 'pipe:cat {0..3}.tar', 'caption_key': 'title'}]))
+                                {'shards': 'https://example.org/{0..3}.tar', 'caption_key': 'title'}]))
     first, second = find_sources(file)
     assert first == replace(paper_sources['laion-art'], shards=str(folder), max_aspect=3, weight=2)
-    assert second == Source('pipe:cat {0..3}.tar', caption_key='title')
+    assert second == Source('https://example.org/{0..3}.tar', caption_key='title')
     write(tmp_path / 'beside' / '0.tar', [{'txt': b'a'}])
     file.write_text('[{"shards": "beside"}]')
     assert find_sources(file) == [Source(str(tmp_path / 'beside'))]
@@ -74,8 +74,8 @@ def test_filters_are_those_of_table_5():
     assert passes(strict, good | dict(original_width=100, original_height=256)) == 'aspect ratio'
     sized = Source('', max_aspect=2., min_side=256)
     assert passes(sized, dict(width=300, height=299)) is None                    # where the original size is not told
-    assert passes(sized, {}) == 'size unknown' and passes(sized, {}, png=picture(300, 299)) is None
-    assert passes(sized, {}, png=picture(16, 16)) == 'resolution'
+    assert passes(sized, {}) == 'size unknown' and passes(sized, {}, png=image(300, 299)) is None
+    assert passes(sized, {}, png=image(16, 16)) == 'resolution'
     assert passes(Source(''), {}) is None
 
 
@@ -103,16 +103,16 @@ def claim_size(png, width, height):
     return png[:12] + head + zlib.crc32(head).to_bytes(4, 'big') + png[33:]
 
 
-ok = picture(32, 32)
-photo = picture(32, 32, kind='jpeg')
+ok = image(32, 32)
+photo = image(32, 32, kind='jpeg')
 faults = {
-    'dropped: broken picture': [{'jpg': photo[:-200]}, {'png': ok[:len(ok) // 2]}],
-    'dropped: not a picture': [{'jpg': b''}, {'jpg': b'<html>'}, {'jpg': bytes(1000)}],
-    'dropped: picture too small': [{'png': picture(1, 1)}, {'png': picture(1, 300)}],
-    'dropped: picture too large': [{'png': claim_size(ok, 30_000, 30_000)}, {'png': claim_size(ok, 30_000, 40)},
+    'dropped: broken image': [{'jpg': photo[:-200]}, {'png': ok[:len(ok) // 2]}],
+    'dropped: not an image': [{'jpg': b''}, {'jpg': b'<html>'}, {'jpg': bytes(1000)}],
+    'dropped: image too small': [{'png': image(1, 1)}, {'png': image(1, 300)}],
+    'dropped: image too large': [{'png': claim_size(ok, 30_000, 30_000)}, {'png': claim_size(ok, 30_000, 40)},
                                    {'png': claim_size(ok, 10_000, 10_000)}],
-    'dropped: picture too narrow': [{'png': saved(Image.new('L', (16_000, 8)))}],
-    'dropped: no picture': [{}],
+    'dropped: image too narrow': [{'png': saved(Image.new('L', (16_000, 8)))}],
+    'dropped: no image': [{}],
     'dropped: no caption': [{'png': ok, 'txt': None}],
     'dropped: empty caption': [{'png': ok, 'txt': b''}, {'png': ok, 'txt': b' \n\t'}],
     'repaired: caption cut': [{'png': ok, 'txt': b'long ' * 20_000}],
@@ -120,11 +120,11 @@ faults = {
     'repaired: json not readable': [{'png': ok, 'json': b'{"caption": '}, {'png': ok, 'json': b'[1]'},
                                     {'png': ok, 'json': b'[' * 100_000}],
     'repaired: json not UTF-8': [{'png': ok, 'json': b'{"caption": "sch\xf6n"}'}],
-    'repaired: picture in CMYK': [{'jpg': picture(mode='CMYK', kind='jpeg')}],
-    'repaired: picture in P': [{'png': picture(mode='P')}],
-    'repaired: picture in RGBA': [{'png': picture(mode='RGBA')}],
-    'repaired: picture in I;16': [{'png': saved(Image.fromarray(np.zeros((16, 16), np.uint16)))}],
-    'repaired: first picture of several': [{'png': saved(Image.new('RGB', (16, 16)), 'gif', save_all=True,
+    'repaired: image in CMYK': [{'jpg': image(mode='CMYK', kind='jpeg')}],
+    'repaired: image in P': [{'png': image(mode='P')}],
+    'repaired: image in RGBA': [{'png': image(mode='RGBA')}],
+    'repaired: image in I;16': [{'png': saved(Image.fromarray(np.zeros((16, 16), np.uint16)))}],
+    'repaired: first image of several': [{'png': saved(Image.new('RGB', (16, 16)), 'gif', save_all=True,
                                                         append_images=[Image.new('RGB', (16, 16), 'red')])}],
 }
 
@@ -136,7 +136,7 @@ def test_every_fault_is_counted_under_its_reason(reason, tmp_path):
     counts, rng = Counter(), np.random.default_rng(0)
     rows = [use_sample(sample, Source(''), ImageReader(256), rng, counts) for sample in read_samples([shard], counts)]
     wanted = {reason: len(changed)} | ({'kept': len(changed)} if reason.startswith('repaired') else {})
-    if reason != 'repaired: first picture of several':                           # a gif is in P, too
+    if reason != 'repaired: first image of several':                           # a gif is in P, too
         assert counts == wanted
     assert counts[reason] == len(changed) and sum(row is not None for row in rows) == counts['kept']
     assert all(len(row[1]) <= MAX_CAPTION and row[0].shape == (256, 256, 3) for row in rows if row)
@@ -147,7 +147,7 @@ def test_missing_json_is_fine_and_the_limit_is_an_argument(tmp_path):
     sample = {'png': ok, 'txt': b'a'}
     assert use_sample(dict(sample), Source(''), ImageReader(8), rng, counts) and counts == {'kept': 1}
     assert use_sample(dict(sample), Source(''), ImageReader(8, max_pixels=1000), rng, counts) is None
-    assert counts == {'kept': 1, 'dropped: picture too large': 1}
+    assert counts == {'kept': 1, 'dropped: image too large': 1}
 
 
 def test_released_layout_and_broken_tokens(tmp_path):
@@ -206,7 +206,7 @@ def test_mixing_loses_nothing():
 @pytest.fixture(scope='module')
 def two_sources(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp('other')
-    write(other / '0.tar', [{'png': picture(seed=i)} | ({'txt': b'other'} if i % 3 else {}) for i in range(9)])
+    write(other / '0.tar', [{'png': image(seed=i)} | ({'txt': b'other'} if i % 3 else {}) for i in range(9)])
     (other / '1.tar').write_bytes(b'')
     return [Source(str(folder), weight=3.), Source(str(other))]
 
@@ -232,8 +232,8 @@ def test_resumed_batches_go_on_bit_by_bit(two_sources, n, world_size, workers):
     assert same(through[0][n:], rest[0]) and through[1:] == rest[1:]
 
 
-def test_pictures_crops_and_flips_are_resumed_too(tmp_path):
-    write(tmp_path / '0.tar', [{'png': picture(20, 30, i), 'txt': b'a'} for i in range(8)])
+def test_images_crops_and_flips_are_resumed_too(tmp_path):
+    write(tmp_path / '0.tar', [{'png': image(20, 30, i), 'txt': b'a'} for i in range(8)])
     sources, read = [Source(str(tmp_path))], ImageReader(16, augment=True)
     run = open_batches(sources, read, 4)
     take(run, 3)
@@ -295,7 +295,7 @@ def test_hopeless_data_end_with_a_sentence(folder, tmp_path, workers, monkeypatc
         (tmp_path / 'bad' / f'{name}.tar').write_bytes(content)
     sources = [Source(str(folder)), Source(str(tmp_path / 'bad'))]
     run = open_batches(sources, ImageReader(16), 4, workers=workers)
-    sentence = r'^No usable sample in \S+bad, after a look at 4 of its 4 shards: .*not a picture'
+    sentence = r'^No usable sample in \S+bad, after a look at 4 of its 4 shards: .*not an image'
     with pytest.raises(NoSamples, match=sentence) as told:
         take(run, 100)
     assert '\n' not in str(told.value)
@@ -359,7 +359,7 @@ def test_a_process_that_still_reads_can_end(script, folder):
 
 def test_memory_does_not_grow(tmp_path):
     for k in range(4):
-        write(tmp_path / f'{k}.tar', [{'png': picture(32, 32, i), 'txt': b'a', 'json': b'{}'} for i in range(50)])
+        write(tmp_path / f'{k}.tar', [{'png': image(32, 32, i), 'txt': b'a', 'json': b'{}'} for i in range(50)])
     run, process = open_batches([Source(str(tmp_path))], ImageReader(32), 20, shuffle=40), psutil.Process()
     take(run, 150)
     before = process.memory_info().rss

@@ -82,13 +82,13 @@ def test_things_can_lie_anywhere():
 
 
 @pytest.mark.parametrize('size', [16, 64, 100, 256])
-def test_pictures_have_the_size_asked_for(size):
+def test_images_have_the_size_asked_for(size):
     image = render(draw_scene(1), size)
     assert image.shape == (size, size, 3) and image.dtype == np.uint8
 
 
 @pytest.mark.parametrize('seed', range(6))
-def test_large_pictures_are_the_small_ones_in_detail(seed):
+def test_large_images_are_the_small_ones_in_detail(seed):
     large = render(draw_scene(seed), 256).reshape(64, 4, 64, 4, 3).mean((1, 3))
     difference = np.abs(large - render(draw_scene(seed), 64))
     assert difference.mean() < 1.5 and np.percentile(difference, 95) < 10
@@ -298,7 +298,7 @@ def test_what_may_be_said_is_accepted():
 
 @pytest.mark.parametrize('split', SPLITS)
 @pytest.mark.parametrize('size', [64, 100, 256])
-def test_pictures_show_their_captions_and_no_others(split, size):
+def test_images_show_their_captions_and_no_others(split, size):
     seeds = range(5_000, 5_040)
     texts = [captions(draw_scene(seed, split), seed, split=split) for seed in seeds]
     readings = [read(render(draw_scene(seed, split), size)) for seed in seeds]
@@ -318,7 +318,7 @@ def test_reading_is_repeatable_and_takes_pil_images(tmp_path):
 @pytest.mark.parametrize('image', [
     *(np.zeros(shape, np.uint8) for shape in [(64, 64), (3, 64, 64), (64, 80, 3), (32, 32, 3), (64, 64, 4)]),
     np.zeros((64, 64, 3)), Image.new('RGB', (64, 65)), [[1]], None])
-def test_what_is_no_picture_is_refused(image):
+def test_what_is_no_image_is_refused(image):
     with pytest.raises(ValueError): read(image)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made import picture, write
+from made import image, write
 
 from flowtok.data.token_cache import write_token_cache
 from flowtok.data.images import captions_of, decode_image, find_shards, read_moments, read_samples
@@ -93,7 +93,7 @@ def test_processes_share_the_encoding(folder, tmp_path):
 
 def test_cache_keeps_sources_captions_and_facts_and_counts_the_rest(folder, tmp_path):
     facts = {'score': 7, 'exif': 'x' * 1000, 'title': 'told'}
-    samples = [{'png': picture(seed=i), 'txt': b'alt', 'recap_txt': b'The image shows it.',
+    samples = [{'png': image(seed=i), 'txt': b'alt', 'recap_txt': b'The image shows it.',
                 'json': json.dumps(facts).encode()} for i in range(4)]
     write(tmp_path / 'web' / '0.tar', samples + [{'png': b'?', 'json': b'{"title": "a"}'}])
     (tmp_path / 'web' / '1.tar').write_bytes(b'')
@@ -103,7 +103,7 @@ def test_cache_keeps_sources_captions_and_facts_and_counts_the_rest(folder, tmp_
     bar = lambda keys: (seen.append(key) or key for key in keys)
     cache = write_token_cache(sources, encode, tmp_path / 'cache', 16, progress=bar)
     about = json.loads((cache / 'cache.json').read_text())
-    assert about['counts'] == {'kept': 39, 'dropped: not a picture': 1, 'shard: empty': 1} and len(seen) == 39
+    assert about['counts'] == {'kept': 39, 'dropped: not an image': 1, 'shard: empty': 1} and len(seen) == 39
     plain, read = find_sources(cache)
     assert read == Source(str(cache / '01-*.tar'), weight=3., recaption_key='recap_txt', recaption_probability=.5)
     cached = next(read_samples(find_shards(read.shards)))

@@ -8,26 +8,26 @@ from flowtok.evaluation import features
 from flowtok.evaluation.metrics import frechet_distance, gaussian_statistics
 
 
-def pictures(n=3, h=40, w=56, seed=0):
+def some_images(n=3, h=40, w=56, seed=0):
     return torch.rand(n, 3, h, w, generator=torch.Generator().manual_seed(seed))
 
 
 def test_clean_is_pillows_bicubic_in_floating_point():
-    images = pictures()
+    images = some_images()
     small = features.resize_clean(images, 30)
     plane = (255 * images[1, 2]).round().numpy().astype(np.float32)
     assert np.array_equal(small[1, 2].numpy(), np.asarray(Image.fromarray(plane).resize((30, 30), Image.Resampling.BICUBIC)).clip(0, 255))
     assert small.min() >= 0 and small.max() <= 255 and not torch.equal(small, small.round())
 
 
-def test_both_ways_leave_a_picture_of_the_right_size_alone():
-    images = pictures(h=30, w=30)
+def test_both_ways_leave_an_image_of_the_right_size_alone():
+    images = some_images(h=30, w=30)
     for resize in features.RESIZES.values():
         assert torch.allclose(resize(images, 30), (255 * images).round())
 
 
 def test_tf_takes_every_fourth_pixel():
-    images = pictures(h=64, w=64)
+    images = some_images(h=64, w=64)
     assert torch.allclose(features.resize_tf(images, 16), (255 * images).round()[:, :, ::4, ::4])
 
 
@@ -42,7 +42,7 @@ def network(tmp_path, monkeypatch):
 
 
 def test_features_are_torch_fidelitys(network):
-    images = pictures(2, 80, 80)
+    images = some_images(2, 80, 80)
     expected, = network((255 * images).round().to(torch.uint8))
     found = features.inception_features(network, features.resize_tf(images))
     assert found.shape == (2, 2048) and np.allclose(found, expected.numpy(), rtol=1e-3, atol=0)
@@ -67,7 +67,7 @@ def test_a_kept_reference_is_not_looked_at_again(tmp_path):
 
     def batches():
         looks.append(1)
-        return pictures(20).split(7)
+        return some_images(20).split(7)
     first, again = (features.reference_statistics(tmp_path, 'a', extractor, batches) for _ in range(2))
     assert (first.n, first.kept, again.n, again.kept, len(looks)) == (20, False, 20, True, 1)
     assert all(np.array_equal(getattr(first, part), getattr(again, part)) for part in ('mean', 'cov', 'rows'))
@@ -100,7 +100,7 @@ def test_an_interval_of_both_sides_is_wider_and_named():
     known = features.Reference(reference.mean, reference.cov, reference.n)
     both, alone = (features.fid_interval(rows, side, 100) for side in (reference, known))
     assert both['fid'] == alone['fid'] and both['high'] - both['low'] > 1.2 * (alone['high'] - alone['low'])
-    assert (both['interval'], alone['interval']) == ('generated and reference pictures drawn', 'generated pictures alone drawn')
+    assert (both['interval'], alone['interval']) == ('generated and reference images drawn', 'generated images alone drawn')
 
 
 def test_the_interval_agrees_with_fresh_draws():
@@ -122,7 +122,7 @@ def test_of_a_large_reference_some_features_are_kept():
 def test_clip_scores_are_cosines_in_percent():
     torch.manual_seed(0)
     scorer = features.clip_scorer(None, 'ViT-S-32-alt')
-    scores = scorer(pictures(2, 64, 64), ['a red star', 'a blue ring'])
+    scores = scorer(some_images(2, 64, 64), ['a red star', 'a blue ring'])
     assert scores.shape == (2,) and (scores >= 0).all() and (scores <= 100).all()
     found = features.clip_summary(np.array([10., 20., 30.]), 'x')
     assert found['mean'] == 20 and found['low'] < 20 < found['high'] and found['why'] == ''
@@ -135,7 +135,7 @@ def test_the_activation_belongs_to_the_weights(tmp_path):
     found = {}
     for activation in ('', 'quick_gelu', 'gelu'):
         torch.manual_seed(0)
-        found[activation] = features.clip_scorer(None, 'ViT-S-32-alt', activation=activation)(pictures(2, 64, 64), ['a star', 'a ring'])
+        found[activation] = features.clip_scorer(None, 'ViT-S-32-alt', activation=activation)(some_images(2, 64, 64), ['a star', 'a ring'])
     assert np.array_equal(found[''], found['quick_gelu']) and not np.allclose(found['gelu'], found['quick_gelu'], rtol=1e-5)
     with pytest.raises(ValueError, match='quick_gelu'):
         features.clip_scorer(None, 'ViT-S-32-alt', activation='relu')

@@ -80,7 +80,7 @@ def test_stand_in_features_are_fixed_and_batches_do_not_matter():
     assert whole == pytest.approx(parts, rel=1e-3) and whole > 1e-3
 
 
-def test_psnr_of_an_exact_picture_is_infinite():
+def test_psnr_of_an_exact_image_is_infinite():
     images = torch.rand(2, 3, 4, 4)
     assert metrics.psnr(images, images) == float('inf')
 
@@ -105,7 +105,7 @@ def test_captions_agree_with_the_reference_program():
     assert set(scores) == {'BLEU-4', 'intervals', 'tokenizer', 'not_available'}
 
 
-def test_intervals_hold_the_score_and_are_of_the_pictures_drawn():
+def test_intervals_hold_the_score_and_are_of_the_images_drawn():
     pytest.importorskip('pycocoevalcap')
     said = [f'a {colour} {shape} on a wide grey ground' for colour in ('red', 'green', 'blue') for shape in ('star', 'ring', 'bar', 'cross')]
     mixed = said[:6] + ['two dogs are playing in the snow now'] * 6

@@ -260,10 +260,10 @@ def test_bins_partition_the_samples():
 
 
 def test_edges_are_both_sides_of_a_step():
-    picture = torch.zeros(2, 3, 8, 8)
-    picture[0, 1, :, 4:] = 0.5
-    picture[1, :, :, 4:] = 0.05
-    edges = edge_map(picture)
+    image = torch.zeros(2, 3, 8, 8)
+    image[0, 1, :, 4:] = 0.5
+    image[1, :, :, 4:] = 0.05
+    edges = edge_map(image)
     assert edges.shape == (2, 1, 8, 8) and edges[0, 0, 0].tolist() == [0, 0, 0, 1, 1, 0, 0, 0] and edges[1].sum() == 0
 
 

@@ -102,7 +102,7 @@ def test_average_start_and_shares():
 # discriminator
 
 @pytest.mark.parametrize('size', [(32, 32), (17, 30), (4, 4)])
-def test_one_logit_for_each_patch_of_each_picture(size):
+def test_one_logit_for_each_patch_of_each_image(size):
     net, x = PatchDiscriminator(width=12, depth=2), torch.rand(3, 3, *size)
     logits = net(x)
     assert logits.shape == (3, 1, size[0] // 4, size[1] // 4)
@@ -287,7 +287,7 @@ def test_lpips_is_the_formula(files, nowhere, images):
     assert torch.allclose(found['lpips'](other[:1], images[:1]), wanted[0], rtol=1e-4)
 
 
-def test_lpips_gives_gradients_to_the_decoded_picture_alone(files, nowhere, images):
+def test_lpips_gives_gradients_to_the_decoded_image_alone(files, nowhere, images):
     lpips = find_perceptual(('lpips',), files)[0]['lpips']
     decoded, originals = (1.5 * images).requires_grad_(), images.clone().requires_grad_()
     lpips(decoded, originals).backward()

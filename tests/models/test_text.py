@@ -80,7 +80,7 @@ def test_an_error_about_words_is_one_line_and_names_each_word_once(words, prompt
 
 
 @pytest.mark.parametrize('typed, meant', [('a big gray ring in the center', 'a large grey ring middle centre'),
-                                          ('Picture of the little blue star.', 'a small blue star')])
+                                          ('Image of the little blue star.', 'a small blue star')])
 def test_synonyms_have_the_ids_of_the_words(words, typed, meant):
     assert torch.equal(words.tokenize([typed]), words.tokenize([meant]))
 
@@ -187,8 +187,8 @@ def test_transformers_gives_the_same_features(small, tmp_path, whole):
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
     sizes = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=3, intermediate_size=128, vocab_size=49408,
                  max_position_embeddings=77, hidden_act='quick_gelu')
-    pictures = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64, image_size=28, patch_size=14)
-    theirs = CLIPModel(CLIPConfig(text_config=sizes, vision_config=pictures)) if whole else CLIPTextModel(CLIPTextConfig(**sizes))
+    images = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64, image_size=28, patch_size=14)
+    theirs = CLIPModel(CLIPConfig(text_config=sizes, vision_config=images)) if whole else CLIPTextModel(CLIPTextConfig(**sizes))
     for p in theirs.parameters():
         nn.init.normal_(p, std=0.2)
     theirs.eval().save_pretrained(tmp_path)

@@ -31,7 +31,7 @@ def test_a_missing_package_is_a_sentence(monkeypatch):
     assert own and all(peers.build_peer(peers.peers[name], small=True).params for name in own)
 
 
-def test_a_picture_costs_its_steps_and_one_decoding(monkeypatch):
+def test_an_image_costs_its_steps_and_one_decoding(monkeypatch):
     sizes = []
 
     def clock(work, b, repeats):
@@ -56,7 +56,7 @@ def test_the_papers_sizes_are_the_presets():
     assert [peers.peers[f'FlowTok-{scale.upper()}'].size for scale in ('xl', 'h')] == [preset('xl'), preset('h')]
 
 
-def test_the_pipeline_is_timed_from_prompt_to_picture(monkeypatch):
+def test_the_pipeline_is_timed_from_prompt_to_image(monkeypatch):
     pipe = peers.random_pipeline(preset('tiny'))
     assert peers.ready(pipe, 'cpu') is pipe and {p.dtype for p in pipe.text_to_image.parameters()} == {torch.float32}
     shapes = []

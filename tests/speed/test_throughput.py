@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowtok.speed.throughput import (compare_sampling, compare_training, compile_row, make_batch, make_pipeline, make_stage, break_even, run_benchmark,
-                           some_prompts, stage_rows, whole_picture)
+                           some_prompts, stage_rows, whole_image)
 from flowtok.config import FlowConfig, preset, stages
 from flowtok.speed.roofline import evaluations, image_operations, stage_costs, training_operations
 from flowtok.flow.path import ShardedRandom
@@ -125,7 +125,7 @@ def test_a_flow_of_the_benchmark_learns_what_the_stage_learns():
 def test_a_whole_benchmark_of_the_small_size():
     found = run_benchmark('tiny', 3, 2, 1, 4, tell=lambda line: None)
     assert found['sampling'][0]['version'] == 'straightforward fp32' and float(found['sampling'][1]['relative difference']) < 1e-4
-    assert [row['stage'] for row in found['stages'][:5]] == [*evaluations(2), 'whole picture']
+    assert [row['stage'] for row in found['stages'][:5]] == [*evaluations(2), 'whole image']
     assert {row['precision'] for row in found['stages']} == {row['version'].split()[-1] for row in found['sampling']}
     assert [row['stage'] for row in found['training']] == [stage for stage in stages for _ in range(2 + cpu_has_bf16())] and 'compile' not in found
     for row in found['training']:
@@ -133,7 +133,7 @@ def test_a_whole_benchmark_of_the_small_size():
         assert row['samples'] == samples and row['tokens a second'] == pytest.approx(16 * samples / row['seconds'])
         speed = samples * training_operations(preset('tiny'), row['stage']) / row['seconds']
         assert row['share of ceiling'] == pytest.approx(speed / found['ceilings'][row['version'].split()[-1]])
-    wholes = [row for row in found['stages'] if row['stage'] == 'whole picture']
+    wholes = [row for row in found['stages'] if row['stage'] == 'whole image']
     for whole, version in zip(wholes, found['sampling'][2:], strict=True):
         assert whole['Gops a call'] == pytest.approx(3 * image_operations(preset('tiny'), 2) / 1e9)
         assert whole['measured, ms'] == pytest.approx(1e3 * version['seconds']) and whole['precision'] in version['version']
@@ -144,10 +144,10 @@ def test_a_whole_benchmark_of_the_small_size():
     assert all(float(row['relative difference']) <= (1e-5 if row['precision'] == 'fp32' else .05) and row['seconds'] > 0 for row in found['tricks'])
 
 
-def test_whole_picture_adds_up_in_each_precision():
+def test_whole_image_adds_up_in_each_precision():
     rows = [{'stage': 'text tower', 'precision': 'fp32', 'calls': 1, 'Gops a call': 8., 'MB of weights': 3., 'floor, ms': 2., 'measured, ms': 4., 'share of ceiling': .5},
             {'stage': 'velocity', 'precision': 'bf16', 'calls': 20, 'Gops a call': 1., 'MB of weights': 2., 'floor, ms': .1, 'measured, ms': .2, 'share of ceiling': .5}]
-    whole = whole_picture(rows, [.007, .008, .010])
+    whole = whole_image(rows, [.007, .008, .010])
     assert whole['Gops a call'] == 28 and whole['MB of weights'] == 5 and whole['floor, ms'] == pytest.approx(4.) and whole['precision'] == 'bf16'
     assert whole['share of ceiling'] == pytest.approx(4 / 8) and whole['measured, ms'] == 8
 
@@ -156,7 +156,7 @@ def test_compiling_that_fails_is_not_measured(monkeypatch):
     def failing(*given, **named): raise RuntimeError('no compiler was found\nand more')
     monkeypatch.setattr(torch, 'compile', failing)
     row = compile_row(FlowTokPipeline.from_pretrained(), 1, 1)
-    assert row['pays from so many pictures'] == 'not measured: RuntimeError: no compiler was found'
+    assert row['pays from so many images'] == 'not measured: RuntimeError: no compiler was found'
 
 
 def test_compiling_is_weighed_against_what_it_saves(monkeypatch):
@@ -164,8 +164,8 @@ def test_compiling_is_weighed_against_what_it_saves(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **named: None)
     row = compile_row(FlowTokPipeline.from_pretrained(), 2, 1, repeats=1)
     saved = (row['seconds a call, eager'] - row['seconds a call, compiled']) / 2
-    assert float(row['relative difference']) == 0 and row['pictures a call'] == 2
-    assert row['pays from so many pictures'] == ('never here' if saved <= 0 else pytest.approx(row['seconds of compiling'] / saved, abs=1))
+    assert float(row['relative difference']) == 0 and row['images a call'] == 2
+    assert row['pays from so many images'] == ('never here' if saved <= 0 else pytest.approx(row['seconds of compiling'] / saved, abs=1))
     assert break_even(10., 1., .5) == 20 and break_even(10., 1., 1.) == 'never here'
 
 
@@ -186,7 +186,7 @@ def test_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {f'{name}.{kind}' for name in ('sampling', 'tricks', 'stages', 'training') for kind in ('csv', 'md')} | {'result.json'}
     assert read_record(tmp_path).label() == 'tiny, reduced, stand-in random weights'
-    assert all(word in done.stdout for word in ('straightforward', 'whole picture', 'MB more', 'tokens a second', *stages))
+    assert all(word in done.stdout for word in ('straightforward', 'whole image', 'MB more', 'tokens a second', *stages))
     with open(tmp_path / 'training.csv', newline='') as file:
         assert all(float(row['share of ceiling']) > 0 and row['MB more'] for row in csv.DictReader(file))
 

@@ -127,7 +127,7 @@ def test_training_is_repeatable_and_learns(kind):
 
 @pytest.mark.parametrize('kind', ['cross', 'concat'])
 @pytest.mark.parametrize('guidance', [1., 2.])
-def test_a_text_is_read_once_for_a_picture(kind, guidance, monkeypatch):
+def test_a_text_is_read_once_for_a_image(kind, guidance, monkeypatch):
     baseline, (features, x1) = made(kind), batch(kind)
     network, reads, real = baseline.network, [], baseline.network.read
     monkeypatch.setattr(network, 'read', lambda *a: reads.append(1) or real(*a))
