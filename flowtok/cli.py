@@ -98,7 +98,7 @@ class Train:
     processes: int = 0  # training processes; 0: one a GPU
     clip: str = ''  # weights of CLIP's text encoder: openai, or a file
     init: str = ''  # folder of a finished training to start from
-    resume: Literal['auto', 'never'] = 'auto'  # resume from the newest checkpoint
+    resume: Literal['auto', 'changed', 'never'] = 'auto'  # resume from the newest checkpoint; changed: also from that of another run
     compile: bool = False  # torch.compile the blocks
     memory_budget: float = 1.  # with compile: share of the activations to keep, in (0, 1]
     tensorboard: bool = False  # also log for TensorBoard

@@ -12,7 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset
 
 from ..files import write_atomically
 from .images import captions_of, decode_image, metadata_of, find_shards, image_bytes, read_shard
-from .mixture import Source, use_sample
+from .mixture import Source, describe_sources, use_sample
 from .loader import NoSamples, describe_counts, load, share_of_worker
 
 # %% ../../nbs/data/06_token_cache.ipynb #055fb4ce
@@ -92,18 +92,13 @@ def encode_shards(
 # %% ../../nbs/data/06_token_cache.ipynb #5c7d1300
 def describe_cache(
     sources: list[Source],
-    shards: list[list[str]],  # of each source
     size: int,  # of the images, pixels
     tokenizer: str,  # name of the tokenizer
 ) -> dict:
     "Description of a token cache."
-    described, entries = [], []
-    for i, (source, names) in enumerate(zip(sources, shards)):
-        free = 'weight', 'recaption_probability', 'shards'
-        files = [[os.path.basename(name), os.path.getsize(name) if os.path.exists(name) else None] for name in names]
-        described.append([{key: value for key, value in asdict(source).items() if key not in free}, files])
-        entries.append({'shards': f'{i:02d}-*.tar'} | {
-            key: getattr(source, key) for key in ('weight', 'recaption_key', 'recaption_probability')})
+    described = describe_sources(sources, free=('weight', 'recaption_probability'))
+    entries = [{'shards': f'{i:02d}-*.tar'} | {key: getattr(source, key) for key in ('weight', 'recaption_key', 'recaption_probability')}
+               for i, source in enumerate(sources)]
     data = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
     return {'tokenizer': tokenizer, 'size': size, 'data': data, 'sources': entries}
 
@@ -141,7 +136,7 @@ def write_token_cache(
 ) -> Path:  # the folder; it holds cache.json as soon as all processes are done
     "Encode a data set into token shards."
     folder, shards = Path(folder), [find_shards(source.shards) for source in sources]
-    about = describe_cache(sources, shards, size, tokenizer)
+    about = describe_cache(sources, size, tokenizer)
     jobs = [(f'{i:02d}-{k:05d}', shard, source)
             for i, source in enumerate(sources) for k, shard in enumerate(shards[i])]
     try:

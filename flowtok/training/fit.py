@@ -32,8 +32,8 @@ from ..data.token_cache import check_cache, holds_tokens, write_token_cache
 from ..config import from_json, stages, to_json
 from ..files import lock_folder, write_atomically
 from ..data.images import to_images
-from .checkpointing import (Log, GracefulStop, Stopped, checkpoints, all_gather_object, newest_state, progress_line, restore,
-                             save_checkpoint, show_progress, source_warning, loggable_values, training_state)
+from .checkpointing import (Log, GracefulStop, Stopped, all_gather_object, check_identity, checkpoints, newest_state, progress_line, restore, run_identity,
+                             save_checkpoint, set_aside, show_progress, source_warning, loggable_values, training_state)
 from ..models.fast import align_swiglu
 from ..models.flowtok import load_weights, save_weights
 from .tasks import Run, Stage, earlier_weights, stage_classes, weights_file
@@ -200,8 +200,12 @@ def fit(
     accelerator, stage = setup(run)
     recipe, device = run.recipe, accelerator.device
     optimizers, ema = make_optimizers(stage.trained, recipe), Ema(stage.trained, recipe.ema)
-    state = newest_state(run) or {'step': 0, 'position': None}
-    start = state['step']
+    if run.resume == 'never' and accelerator.is_main_process:
+        set_aside(run)
+    accelerator.wait_for_everyone()
+    identity = all_gather_object(run_identity(run) if accelerator.is_main_process else None)[0]
+    state = newest_state(run) or {'step': 0, 'position': None, 'identity': identity}
+    changed, start = check_identity(run, identity, state.get('identity')), state['step']
     if start:
         restore(state, stage, ema, optimizers)
     model, *optimizers = accelerator.prepare(stage, *optimizers, device_placement=[True] + [False] * len(optimizers))
@@ -212,6 +216,8 @@ def fit(
     report = Report(run, stage, ema, accelerator, start, tell)
     for sentence in critics.missing if critics else ():
         report.warn(start, missing=sentence)
+    for sentence in changed:
+        report.warn(start, changed=sentence)
     group = dist.new_group(backend='gloo') if accelerator.num_processes > 1 else None
     del state                                                                    # as large as the model
     for step, losses in training_steps(accelerator, model, stage, optimizers, ema, batches, run.seed, start, critics):
@@ -220,7 +226,7 @@ def fit(
         if not last and (signal or step % run.save_every == 0):
             everything = training_state(stage, ema, optimizers, critics, batches, accelerator, step)
             if accelerator.is_main_process:
-                save_checkpoint(run, **everything)
+                save_checkpoint(run, identity=identity, **everything)
         if not last and signal:
             raise Stopped(128 + signal)
     counts = sum(all_gather_object(batches.counts), Counter())

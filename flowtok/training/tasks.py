@@ -51,7 +51,7 @@ class Run:
     sample_every: int = 250  # steps between images
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # newest checkpoints that are kept
-    resume: str = 'auto'  # 'auto': go on from the newest checkpoint; 'never': from the start
+    resume: str = 'auto'  # 'auto': go on from the newest checkpoint; 'changed': also where it is that of another run; 'never': from the start
     workers: int = 0  # processes that read data, for each process that trains
     compile: bool = False  # torch.compile each block: minutes at the start, faster steps on a GPU
     memory_budget: float = 1.  # with compile: share of the activations that is kept for the backward pass, in (0, 1]; the others are computed again

@@ -285,7 +285,7 @@ def test_a_killed_conversion_leaves_no_process_and_goes_on(here, sent, after):
 
 # what is refused
 
-faults = {'half.json': b'{"a": ', 'none.json': b'{}', 'other.csv': b'image,text\nb.png,hello\n', 'taken': b'',
+faults = {'half.json': b'{"a": ', 'none.json': b'{}', 'other.csv': b'photo,text\nb.png,hello\n', 'taken': b'',
           'bad.jsonl': b'{"file": "b.png"}\n{"file"\n', 'list.jsonl': b'[1, 2]\n', 'empty.csv': b'file,text\n',
           'latin.csv': b'file,text\nb.png,caf\xe9\n'}
 
@@ -312,9 +312,9 @@ faults = {'half.json': b'{"a": ', 'none.json': b'{}', 'other.csv': b'image,text\
     ('folder mine out --captions meta.json', "Table meta.json ends in '.json': choose one of .csv, .tsv, .jsonl."),
     ('folder mine out --captions other.csv',
      "Table other.csv has no column 'file' or 'image' or 'file_name' or 'filename' or 'image_path' or 'path': "
-     "name the image column with --image-column, one of 'image', 'text'."),
-    ('folder mine out --captions other.csv --image-column image --caption-column alt',
-     "Table other.csv has no column 'alt': name the caption column with --caption-column, one of 'image', 'text'."),
+     "name the image column with --image-column, one of 'photo', 'text'."),
+    ('folder mine out --captions other.csv --image-column photo --caption-column alt',
+     "Table other.csv has no column 'alt': name the caption column with --caption-column, one of 'photo', 'text'."),
     ('folder mine out --captions bad.jsonl', 'Table bad.jsonl cannot be read after row 1: Expecting'),
     ('folder mine out --captions list.jsonl', 'Table list.jsonl must hold at least one row with columns'),
     ('folder mine out --captions empty.csv', 'Table empty.csv must hold at least one row with columns'),

@@ -184,7 +184,7 @@ def test_command_line(tmp_path):
     assert bad.returncode == 1 and len(bad.stderr.splitlines()) == 1
     done = run('--scale', 'tiny', '--batch-size', '2', '--steps', '2', '--repeats', '1', '--train', '4', '--out', str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {f'{name}.{kind}' for name in ('sampling', 'tricks', 'stages', 'training') for kind in ('csv', 'md')} | {'result.json'}
+    assert {path.name for path in tmp_path.iterdir()} == {f'{name}.{kind}' for name in ('sampling', 'tricks', 'stages', 'muon', 'training') for kind in ('csv', 'md')} | {'result.json'}
     assert read_record(tmp_path).label() == 'tiny, reduced, stand-in random weights'
     assert all(word in done.stdout for word in ('straightforward', 'whole image', 'MB more', 'tokens a second', *stages))
     with open(tmp_path / 'training.csv', newline='') as file:
