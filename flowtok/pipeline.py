@@ -110,7 +110,7 @@ def from_pretrained(
     config = from_json((folder / 'config.json').read_text())
     files = {stage: folder / f'{stage}.safetensors' for stage in PARTS}
     with float32_default():
-        parts = {stage.replace('-', '_'): load_weights(PARTS[stage](direction_config(config, stage)), file)
+        parts = {stage.replace('-', '_'): load_weights(PARTS[stage](direction_config(config, stage)), file, stage)
                  for stage, file in files.items() if file.exists()}
     return cls(config, clip, **parts).to(torch_dtype)
 
@@ -126,7 +126,7 @@ def save_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for stage in self.parts if stages is None else stages:
-        save_weights(self.parts[stage], folder / f'{stage}.safetensors', dtype, training=False)
+        save_weights(self.parts[stage], folder / f'{stage}.safetensors', dtype, training=False, stage=stage)
     write_atomically(folder / 'config.json', to_json(self.config) + '\n')
 
 # %% ../nbs/pipeline.ipynb #c3bee928

@@ -130,28 +130,37 @@ def save_weights(
     path: str | Path,  # .safetensors file, replaced at once or not at all
     dtype: torch.dtype | None = None,  # of the numbers in the file, None for the module's own
     training: bool = True,  # also the weights that only training needs
+    stage: str = '',  # one of flowtok.config.stages, which the file then names
 ):
     "Save the weights of a module atomically."
     from safetensors.torch import save_file
     state = {name: x.detach().to('cpu', dtype if x.is_floating_point() else None).contiguous()
              for name, x in module.state_dict().items() if training or not is_training_only(module, name)}
     with atomic_path(path) as part:
-        save_file(state, part)
+        save_file(state, part, {'stage': stage} if stage else None)
 
 
 def load_weights(
     module: nn.Module,  # of the sizes that were saved
     path: str | Path,  # .safetensors file
+    stage: str = '',  # one of flowtok.config.stages: a file that names another one is refused
 ) -> nn.Module:  # the same module
     "Load weights; missing and unexpected ones are errors."
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
     if not Path(path).is_file():
         raise FileNotFoundError(f'There are no weights at {path}: train this stage first, or name another folder.')
     try:
+        with safe_open(path, 'pt') as file:
+            saved_as = (file.metadata() or {}).get('stage', stage)
         state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f'{path} is not a whole safetensors file: {error}.') from None
+    if stage and saved_as != stage:
+        raise ValueError(f"{path} holds the weights of {saved_as}, not of {stage}.")
+    broken = [name for name, x in state.items() if x.is_floating_point() and not x.isfinite().all()]
+    if broken:
+        raise ValueError(f"{path} holds values that are no finite numbers: {broken[0]}.")
     own = module.state_dict()
     missing = sorted(name for name in own.keys() - state.keys() if not is_training_only(module, name))
     unexpected = sorted(state.keys() - own.keys())

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_SOURCE_SNR', 'save_state', 'checkpoints', 'newest_state', 'set_aside', 'all_gather_object', 'training_state',
-           'restore', 'save_checkpoint', 'run_identity', 'check_identity', 'Stopped', 'GracefulStop', 'Log',
-           'loggable_values', 'source_warning', 'make_sheet', 'show_progress', 'progress_line']
+           'restore', 'save_checkpoint', 'run_identity', 'check_identity', 'check_folder', 'Stopped', 'GracefulStop',
+           'Log', 'loggable_values', 'source_warning', 'make_sheet', 'show_progress', 'progress_line']
 
 # %% ../../nbs/training/03_checkpointing.ipynb #15de61ee
 import hashlib
@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from textwrap import wrap
 
@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..config import SamplingConfig, SourceConfig, from_json, stages
 from ..data.mixture import describe_sources, find_sources
 from ..files import atomic_path, file_digest, write_atomically
 from ..data.images import to_pixels
@@ -145,6 +146,17 @@ def check_identity(
         raise ValueError(f"The checkpoints in {run.folder} are those of another run: {'; '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}. Choose another "
                          "folder, resume='never' to set them aside, or resume='changed' to go on nevertheless.")
     return changed
+
+
+def check_folder(run: Run):
+    "Raise ValueError where the folder holds finished weights of other sizes: one folder is one pipeline."
+    path, others = Path(run.out) / 'config.json', [stage for stage in stages if stage != run.stage and weights_file(run.out, stage).exists()]
+    if others and path.exists():
+        held, own = (asdict(replace(config, name='', source=SourceConfig(), sampling=SamplingConfig()))
+                     for config in (from_json(path.read_text()), run.config))
+        different = [name for name in own if held[name] != own[name]]
+        if different:
+            raise ValueError(f"{run.out} holds the weights of {', '.join(others)} with another {' and '.join(different)}: choose another folder.")
 
 # %% ../../nbs/training/03_checkpointing.ipynb #3fc37b9e
 class Stopped(SystemExit):

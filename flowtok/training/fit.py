@@ -32,7 +32,7 @@ from ..data.token_cache import check_cache, holds_tokens, write_token_cache
 from ..config import from_json, stages, to_json
 from ..files import lock_folder, write_atomically
 from ..data.images import to_images
-from .checkpointing import (Log, GracefulStop, Stopped, all_gather_object, check_identity, checkpoints, newest_state, progress_line, restore, run_identity,
+from .checkpointing import (Log, GracefulStop, Stopped, all_gather_object, check_folder, check_identity, checkpoints, newest_state, progress_line, restore, run_identity,
                              save_checkpoint, set_aside, show_progress, source_warning, loggable_values, training_state)
 from ..models.fast import align_swiglu
 from ..models.flowtok import load_weights, save_weights
@@ -101,7 +101,7 @@ def setup(run: Run):  # accelerator, stage
     torch.manual_seed(run.seed)
     stage = stage_classes[run.stage](run)
     if run.init and weights_file(run.init, run.stage).exists():
-        load_weights(stage.trained, weights_file(run.init, run.stage))
+        load_weights(stage.trained, weights_file(run.init, run.stage), run.stage)
     if accelerator.device.type == 'cuda':
         align_swiglu(stage)
     if run.compile:
@@ -122,7 +122,7 @@ def finish(run: Run, stage: Stage, ema: Ema, device: torch.device):
             fresh = Batches(run, stage, device, batch_size=16)
             stage.trained.measure_tokens(torch.cat([stage.trained.encode(next(fresh)[0]).mean for _ in range(125)]))
         write_atomically(Path(run.out) / 'config.json', to_json(run.config) + '\n')
-        save_weights(stage.trained, run.weights)
+        save_weights(stage.trained, run.weights, stage=run.stage)
     for path in checkpoints(run):
         path.unlink()
 
@@ -245,6 +245,7 @@ def train(
     "Train one stage; resumes from its newest checkpoint. OSError where another process trains in its folder."
     from accelerate.state import AcceleratorState
     first = int(os.environ.get('RANK', 0)) == 0
+    check_folder(run)
     try:
         with lock_folder(run.folder) if first else nullcontext(), GracefulStop() as stop:
             if first:
@@ -264,7 +265,7 @@ def cache_tokens(
     "Encode the data once with the finished tokenizer; what is there already stays."
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else 'cpu'
     sources, file = find_sources(run.data), earlier_weights(run, 'tokenizer')
-    tokenizer = load_weights(ImageTokenizer(run.config), file).eval().to(device)
+    tokenizer = load_weights(ImageTokenizer(run.config), file, 'tokenizer').eval().to(device)
     name = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     if holds_tokens(sources):
         check_cache(run.data, name)

@@ -158,7 +158,7 @@ class Stage(nn.Module):
 
     def earlier(self, module: nn.Module, stage: str) -> nn.Module:  # frozen
         "Load the frozen weights of an earlier stage."
-        return load_weights(module, earlier_weights(self.run, stage)).eval().requires_grad_(False)
+        return load_weights(module, earlier_weights(self.run, stage), stage).eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> 'Stage':
         "Keep frozen submodules in eval mode."
