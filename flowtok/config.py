@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'REWRITES', 'source_kinds', 'presets', 'stages', 'paper_recipes', 'tiny_base', 'tiny_recipes', 'phases',
-           'check_heads', 'TokenizerConfig', 'split_words', 'canonical', 'TextConfig', 'FlowConfig', 'SourceConfig',
-           'SamplingConfig', 'FlowTokConfig', 'preset', 'to_json', 'plain_type', 'build', 'from_json', 'check_recipe',
-           'Recipe', 'recipe']
+           'single_value', 'check_integer', 'check_number', 'check_heads', 'TokenizerConfig', 'split_words',
+           'canonical', 'TextConfig', 'FlowConfig', 'SourceConfig', 'SamplingConfig', 'FlowTokConfig', 'preset',
+           'to_json', 'plain_type', 'build', 'from_json', 'check_recipe', 'Recipe', 'recipe']
 
 # %% ../nbs/config.ipynb #f6f4197d
 import json
@@ -14,8 +14,31 @@ import math
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
+from numbers import Integral, Real
 from types import UnionType
 from typing import get_args, get_type_hints
+
+# %% ../nbs/config.ipynb #37436f57
+def single_value(value):
+    "A number out of an array or tensor of no dimensions; anything else as it is."
+    return value.item() if getattr(value, 'ndim', None) == 0 and hasattr(value, 'item') else value
+
+
+def check_integer(name: str, value, low: int = 1, high: float = math.inf) -> int:
+    "Return an integer as Python's; ValueError for anything else."
+    number = single_value(value)
+    if isinstance(number, bool) or not isinstance(number, Integral) or not low <= number <= high:
+        bounds = f'>= {low}' if high == math.inf else f'from {low} to {high:.0f}'
+        raise ValueError(f"{name} must be an integer {bounds}, got {value!r}.")
+    return int(number)
+
+
+def check_number(name: str, value, low: float = -math.inf, high: float = math.inf) -> float:
+    "Return a finite number as Python's float; ValueError for anything else."
+    number = single_value(value)
+    if isinstance(number, bool) or not isinstance(number, Real) or not low <= number <= high or not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number from {low:g} to {high:g}, got {value!r}.")
+    return float(number)
 
 # %% ../nbs/config.ipynb #2dfebb41
 def check_heads(

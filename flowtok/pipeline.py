@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'DTYPES', 'OUTPUT_TYPES', 'PRECISIONS', 'QUANTIZATIONS', 'FlowTokPipeline', 'embedded_weights',
-           'find_pipeline', 'draw_noise', 'batched', 'postprocess', 'EncodedPrompts', 'padded', 'read_image',
-           'quantize_blocks']
+           'find_pipeline', 'draw_noise', 'check_generator', 'batched', 'postprocess', 'EncodedPrompts', 'padded',
+           'read_image', 'quantize_blocks']
 
 # %% ../nbs/pipeline.ipynb #5fd2456b
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,8 +19,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .config import FlowTokConfig, from_json, stages, to_json
-from .files import write_atomically
+from .config import FlowTokConfig, check_integer, check_number, from_json, stages, to_json
+from .files import current_file, replace_files
 from .data.images import Skip, decode_image, fit_image, to_images, to_pixels
 from .flow.solver import sample
 from .models.fast import CachedVelocity, align_swiglu, fuse_gelu
@@ -82,7 +82,7 @@ def find_pipeline(
     "The folder of a pipeline, downloaded from the hub if it is not a local one."
     folder = Path(name)
     if folder.is_dir():
-        if not (folder / 'config.json').is_file():
+        if not current_file(folder, 'config.json').is_file():
             raise FileNotFoundError(f"{folder} is no pipeline: it has no config.json. Give the `out` folder of a training.")
         return folder
     from huggingface_hub import snapshot_download
@@ -107,8 +107,8 @@ def from_pretrained(
         (released,) = entry_points(group='flowtok.pipelines', name='released')
         return released.load()(name, variant, clip).to(torch_dtype)
     folder = find_pipeline(embedded_weights() if name is None else name)
-    config = from_json((folder / 'config.json').read_text())
-    files = {stage: folder / f'{stage}.safetensors' for stage in PARTS}
+    config = from_json(current_file(folder, 'config.json').read_text())
+    files = {stage: current_file(folder, f'{stage}.safetensors') for stage in PARTS}
     with float32_default():
         parts = {stage.replace('-', '_'): load_weights(PARTS[stage](direction_config(config, stage)), file, stage)
                  for stage, file in files.items() if file.exists()}
@@ -116,18 +116,34 @@ def from_pretrained(
 
 # %% ../nbs/pipeline.ipynb #d7c13e3b
 @patch
+def holds(self: FlowTokPipeline, stage: str, path: Path) -> bool:
+    "Whether a file of weights is that of a part of this pipeline, but for rounding to half precision."
+    from safetensors.torch import load_file
+    if stage not in self.parts:
+        return False
+    own, saved = self.parts[stage].state_dict(), load_file(path)
+    return all(name in own and own[name].shape == x.shape and torch.allclose(own[name].cpu().float(), x.float(), rtol=1e-2, atol=1e-4)
+               for name, x in saved.items())
+
+
+@patch
 def save_pretrained(
     self: FlowTokPipeline,
     folder: str | Path,  # created when absent
     stages: Sequence[str] | None = None,  # which parts, None for all there are
     dtype: torch.dtype | None = torch.float16,  # of the numbers in the files
 ):
-    "Save a pipeline as a folder."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for stage in self.parts if stages is None else stages:
-        save_weights(self.parts[stage], folder / f'{stage}.safetensors', dtype, training=False, stage=stage)
-    write_atomically(folder / 'config.json', to_json(self.config) + '\n')
+    "Save a pipeline as a folder, at once or not at all; ValueError where parts of another pipeline would be left beside it."
+    stages = list(self.parts if stages is None else stages)
+    self.require_weights(*stages)
+    with replace_files(folder) as part:
+        foreign = [stage for stage in PARTS if stage not in stages and current_file(folder, f'{stage}.safetensors').exists()
+                   and not self.holds(stage, current_file(folder, f'{stage}.safetensors'))]
+        if foreign:
+            raise ValueError(f"{folder} holds {', '.join(foreign)} of another pipeline: choose another folder, or save these parts, too.")
+        for stage in stages:
+            save_weights(self.parts[stage], part(f'{stage}.safetensors'), dtype, training=False, stage=stage)
+        part('config.json').write_text(to_json(self.config) + '\n', encoding='utf-8')
 
 # %% ../nbs/pipeline.ipynb #c3bee928
 DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -193,6 +209,13 @@ def draw_noise(
     return torch.stack([torch.randn(shape, generator=g, device='cpu' if g is None else g.device, dtype=torch.float32).cpu() for g in generator])
 
 
+def check_generator(generator):
+    "Raise ValueError unless it is None, a torch.Generator or several of them."
+    several = isinstance(generator, Sequence) and generator and all(isinstance(one, torch.Generator) for one in generator)
+    if generator is not None and not isinstance(generator, torch.Generator) and not several:
+        raise ValueError(f"generator must be a torch.Generator or a list of them, as torch.Generator().manual_seed(42): got {generator!r}.")
+
+
 def batched(items: Iterable, size: int) -> Iterator[list]:
     "Lists of at most `size` items, read as they are needed."
     items = iter(items)
@@ -244,17 +267,17 @@ def stream(
     "As `FlowTokPipeline.__call__`, batch by batch in bounded memory; an iterator of prompts is read as images are asked for."
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
-    if temperature is not None and not 0 <= temperature <= 2:
-        raise ValueError(f"temperature must be between 0 (no noise) and 2, 1 as in training: got {temperature}.")
-    for name, value in (('batch_size', batch_size), ('num_images_per_prompt', num_images_per_prompt)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value}.")
+    batch_size, num_images_per_prompt = check_integer('batch_size', batch_size), check_integer('num_images_per_prompt', num_images_per_prompt)
+    check_generator(generator)
     self.require_weights('tokenizer', 'text-to-image')
     default = self.config.sampling
     settings = dict(num_inference_steps=default.steps if num_inference_steps is None else num_inference_steps,
                     guidance_scale=default.guidance if guidance_scale is None else guidance_scale,
                     guidance_interval=default.guidance_interval if guidance_interval is None else guidance_interval,
                     schedule=default.schedule, solver=solver, times=times)
+    temperature = check_number('temperature', default.temperature if temperature is None else temperature, 0, 2)
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"A prompt must be a string or several of them, got {prompts!r}.")
     if isinstance(prompts, (str, Sequence)):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
@@ -266,7 +289,6 @@ def stream(
     else:
         repeated = (prompt for prompt in prompts for _ in range(num_images_per_prompt))
         batches = map(self.text_encoder.tokenize, batched(repeated, batch_size))
-    temperature = default.temperature if temperature is None else temperature
     return self.generate_batches(batches, generator, temperature, output_type, text_at_decoding, settings)
 
 # %% ../nbs/pipeline.ipynb #eda24c85
@@ -319,7 +341,10 @@ def __call__(
     times: Sequence[float] | None = None,  # ends of the solver's steps from 0 to 1, instead of num_inference_steps
 ) -> list | Tensor:
     "Generate images for prompts (paper, section 3: from Z_T to Z_I)."
-    prompt = [prompt] if isinstance(prompt, str) else list(prompt)
+    try:
+        prompt = [prompt] if isinstance(prompt, str) else list(prompt)
+    except TypeError:
+        raise ValueError(f"A prompt must be a string or several of them, got {prompt!r}.") from None
     batches = list(self.stream(
         prompt, num_inference_steps, guidance_scale, generator, output_type, num_images_per_prompt=num_images_per_prompt,
         text_at_decoding=text_at_decoding, batch_size=batch_size, temperature=temperature,
@@ -336,6 +361,8 @@ def read_image(
     if isinstance(image, np.ndarray):
         if image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] not in (3, 4):
             raise ValueError(f"An image array must have the shape (h, w), (h, w, 3) or (h, w, 4), got {image.shape}.")
+        if image.dtype != np.uint8 and not (np.issubdtype(image.dtype, np.floating) and np.isfinite(image).all() and image.min() >= -.01 and image.max() <= 1.01):
+            raise ValueError(f"An image array must be uint8 or floats in [0, 1], got {image.dtype} from {image.min()} to {image.max()}.")
         image = Image.fromarray(image if image.dtype == np.uint8 else (image.clip(0, 1) * 255 + .5).astype(np.uint8))
     if not isinstance(image, (str, Path)):
         if not hasattr(image, 'convert'):
@@ -366,6 +393,8 @@ def prepare_images(
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"A tensor of images must have the shape (b, 3, {size}, {size}), got {tuple(images.shape)}: "
                              "give PIL images to have them resized.")
+        if not images.is_floating_point() or not (images.isfinite().all() and images.min() >= -.01 and images.max() <= 1.01):
+            raise ValueError(f"A tensor of images must hold floats in [0, 1], got {images.dtype} from {images.min():g} to {images.max():g}.")
         return images.to(torch.float32)
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     if not images:
@@ -398,6 +427,7 @@ def caption(
 ) -> list[str]:
     "Caption images (paper, section 3: from Z_I to Z_T)."
     self.require_weights('tokenizer', 'text', 'image-to-text')
+    batch_size = check_integer('batch_size', batch_size)
     captions, default, rows = [], self.config.sampling, 0
     settings = dict(num_inference_steps=default.caption_steps if num_inference_steps is None else num_inference_steps,
                     guidance_scale=default.caption_guidance if guidance_scale is None else guidance_scale,

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..config import check_integer
 from ..files import atomic_path
 
 # %% ../../nbs/data/01_shapes.ipynb #2038b0a8
@@ -120,9 +121,7 @@ def texture_pattern(texture: str, size: int) -> np.ndarray:
 # %% ../../nbs/data/01_shapes.ipynb #7ec8d6c4
 def whole_number(name: str, value: object, least: int) -> int:
     "Validate an integer >= least."
-    if not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
-    return int(value)
+    return check_integer(name, value, least)
 
 
 def render(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RESIZES', 'INCEPTION_FILE', 'INCEPTION_SHA256', 'INCEPTION_CURE', 'MOST_ROWS', 'INTERVALS', 'CLIP_SCORE_MODEL',
            'CLIP_CURE', 'CLIP_ACTIVATIONS', 'resize_clean', 'resize_tf', 'find_inception', 'load_inception',
-           'inception_features', 'Extractor', 'find_extractors', 'Reference', 'reference_of', 'reference_statistics',
-           'fid_interval', 'clip_activation', 'clip_scorer', 'clip_summary']
+           'inception_features', 'Extractor', 'find_extractors', 'Reference', 'reference_of', 'read_reference',
+           'reference_statistics', 'fid_interval', 'clip_activation', 'clip_scorer', 'clip_summary']
 
 # %% ../../nbs/evaluation/02_features.ipynb #1552597c
 import hashlib
@@ -139,6 +139,20 @@ def reference_of(
     return Reference(*gaussian_statistics(rows), len(rows), few)
 
 
+def read_reference(file: Path) -> Reference:
+    "Read kept statistics; ValueError where they are cut off or no statistics."
+    from zipfile import BadZipFile
+    try:
+        with np.load(file) as saved:
+            reference = Reference(saved['mean'], saved['cov'], int(saved['n']), saved['rows'] if 'rows' in saved else None, True)
+        frechet_distance(reference.mean, reference.cov, reference.mean, reference.cov)           # sizes, finite, symmetric
+        if reference.n < 2 or reference.rows is not None and not np.isfinite(reference.rows).all():
+            raise ValueError("too few images, or features that are not finite.")
+    except (ValueError, KeyError, OSError, EOFError, BadZipFile) as error:
+        raise ValueError(f"{file} holds no statistics of reference images ({error}): delete it to compute them again.") from None
+    return reference
+
+
 def reference_statistics(
     cache: Path,  # folder of kept statistics, created when absent
     name: str,  # of the reference images: their hash and size
@@ -148,8 +162,7 @@ def reference_statistics(
     "Reference statistics, cached in a file."
     file = Path(cache) / f'{name}-{extractor.name}-{extractor.resize}.npz'
     if file.exists():
-        with np.load(file) as saved:
-            return Reference(saved['mean'], saved['cov'], int(saved['n']), saved['rows'] if 'rows' in saved else None, True)
+        return read_reference(file)
     reference = reference_of(np.concatenate([extractor(images) for images in batches()]))
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as part, part.open('wb') as stream:

@@ -178,6 +178,10 @@ def frechet_distance(
     if not (mean1.shape == mean2.shape == (d,) and cov1.shape == cov2.shape == (d, d)):
         raise ValueError(f"means {mean1.shape}, {mean2.shape} and covariances {cov1.shape}, {cov2.shape} "
                          "are not all of one size d: (d,) and (d, d).")
+    if not all(np.isfinite(array).all() for array in (mean1, cov1, mean2, cov2)):
+        raise ValueError("a mean or a covariance holds a value that is not finite.")
+    if not all(np.allclose(cov, cov.T, rtol=1e-6, atol=1e-9 * max(1., abs(cov).max())) for cov in (cov1, cov2)):
+        raise ValueError("a covariance is not symmetric.")
     roots = np.linalg.svd(matrix_factor(cov1).T @ matrix_factor(cov2), compute_uv=False)
     distance = ((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * roots.sum()
     return max(0.0, float(distance))

@@ -136,6 +136,9 @@ def save_weights(
     from safetensors.torch import save_file
     state = {name: x.detach().to('cpu', dtype if x.is_floating_point() else None).contiguous()
              for name, x in module.state_dict().items() if training or not is_training_only(module, name)}
+    broken = [name for name, x in state.items() if x.is_floating_point() and not x.isfinite().all()]
+    if broken:
+        raise ValueError(f"{broken[0]} holds values that are no finite numbers{f' as {dtype}: choose another dtype' if dtype else ''}.")
     with atomic_path(path) as part:
         save_file(state, part, {'stage': stage} if stage else None)
 

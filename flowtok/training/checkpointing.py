@@ -164,12 +164,12 @@ class Stopped(SystemExit):
 
 
 class GracefulStop:
-    "Context that records SIGTERM and SIGINT instead of exiting."
+    "Context that records SIGTERM, SIGINT and SIGHUP instead of exiting."
 
     def __enter__(self):
         self.signal, self.before = 0, {}
         if threading.current_thread() is threading.main_thread():
-            for kind in (signal.SIGTERM, signal.SIGINT):
+            for kind in (signal.SIGTERM, signal.SIGINT, *(getattr(signal, name) for name in ('SIGHUP',) if hasattr(signal, name))):
                 self.before[kind] = signal.signal(kind, self.note)
         return self
 

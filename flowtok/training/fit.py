@@ -143,7 +143,7 @@ class Report:
         tell: Callable,  # gets each line of the log
     ):
         self.run, self.stage, self.ema, self.accelerator, self.start, self.tell = run, stage, ema, accelerator, start, tell
-        self.began, self.pending, self.skipped, self.in_a_row, self.warned, self.log = time.time(), [], 0, 0, False, None
+        self.began, self.pending, self.skipped, self.in_a_row, self.warned, self.log = time.monotonic(), [], 0, 0, False, None
         if accelerator.is_main_process:
             self.log, self.samples = Log(run.folder / 'log.jsonl', start), next(Batches(run, stage, accelerator.device, batch_size=16))
 
@@ -181,7 +181,7 @@ def __call__(
     if step % run.log_every == 0 or step - self.start in (1, 3) or last:
         self.read(step)
         if self.log:
-            line = self.log.write(step=step, seconds=round(time.time() - self.began, 2), rate=rate, **({'skipped': self.skipped} if self.skipped else {}))
+            line = self.log.write(step=step, seconds=round(time.monotonic() - self.began, 2), rate=rate, **({'skipped': self.skipped} if self.skipped else {}))
             self.tell(line)
             if not self.warned and (warning := source_warning(line)):
                 self.warned = True
@@ -251,6 +251,8 @@ def train(
             if first:
                 write_atomically(run.folder / 'run.json', to_json(run))
             fit(run, stop, tell)
+            if stop.signal:                                                      # in the last step: this stage is finished, no other begins
+                raise Stopped(128 + stop.signal)
     finally:
         AcceleratorState._reset_state(reset_partial_state=False)                 # the next stage may have another precision
 

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..files import atomic_path
-from ..config import WORDS, FlowTokConfig, Recipe, from_json, preset, presets, recipe, stages
+from ..config import WORDS, FlowTokConfig, Recipe, check_integer, check_number, from_json, preset, presets, recipe, stages
 from ..flow.path import ShardedRandom, draw
 from ..flow.solver import sample
 from ..models.layers import DiagonalGaussian
@@ -119,6 +119,11 @@ def plan(
     "Build the run of a stage."
     if scale not in ('smoke', *presets):
         raise ValueError(f"Scale {scale!r} is unknown: choose one of smoke, {', '.join(presets)}.")
+    check_number('longer', longer, 1e-3, 1e3), check_integer('steps', steps, 0), check_integer('batch_size', batch_size, 0)
+    for option in ('clip', 'init'):
+        given = watching.get(option)
+        if given and given != 'openai' and not Path(given).exists():
+            raise FileNotFoundError(f"{option} names {given}, which is not there.")
     smoke = scale == 'smoke'
     config = preset('tiny' if smoke else scale)
     config = replace(config, tokenizer=replace(config.tokenizer, anchored=config.tokenizer.anchored and anchored))
