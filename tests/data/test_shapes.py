@@ -114,11 +114,11 @@ def test_textures_have_four_periods(texture):
 
 
 @pytest.mark.parametrize('call, sentence', [
-    (lambda: draw_scene(-1), 'seed must be a whole number of at least 0, got -1.'),
-    (lambda: draw_scene(1.5), 'seed must be a whole number of at least 0, got 1.5.'),
+    (lambda: draw_scene(-1), 'seed must be an integer >= 0, got -1.'),
+    (lambda: draw_scene(1.5), 'seed must be an integer >= 0, got 1.5.'),
     (lambda: draw_scene(0, 'val'), "Split 'val' is unknown: choose one of train, seen, held_out."),
     (lambda: captions(draw_scene(0), 0, split='val'), "Split 'val' is unknown"),
-    (lambda: render(draw_scene(0), 8), 'size must be a whole number of at least 16, got 8.'),
+    (lambda: render(draw_scene(0), 8), 'size must be an integer >= 16, got 8.'),
 ])
 def test_bad_input_is_named(call, sentence):
     with pytest.raises(ValueError, match=sentence.replace('.', r'\.')): call()
@@ -444,11 +444,11 @@ def test_other_contents_are_left_alone(tmp_path):
 
 @pytest.mark.parametrize('arguments, sentence', [
     (dict(split='val', n=2), 'choose one of train, seen, held_out'),
-    (dict(split='train', n=0), 'n must be a whole number of at least 1, got 0'),
-    (dict(split='train', n=2.5), 'n must be a whole number of at least 1, got 2.5'),
-    (dict(split='train', n=2, size=4), 'size must be a whole number of at least 16, got 4'),
-    (dict(split='train', n=2, start=-1), 'seed must be a whole number of at least 0, got -1'),
-    (dict(split='train', n=2, samples_per_shard=0), 'samples_per_shard must be a whole number of at least 1, got 0'),
+    (dict(split='train', n=0), 'n must be an integer >= 1, got 0'),
+    (dict(split='train', n=2.5), 'n must be an integer >= 1, got 2.5'),
+    (dict(split='train', n=2, size=4), 'size must be an integer >= 16, got 4'),
+    (dict(split='train', n=2, start=-1), 'seed must be an integer >= 0, got -1'),
+    (dict(split='train', n=2, samples_per_shard=0), 'samples_per_shard must be an integer >= 1, got 0'),
     (dict(split='train', n=2, image_format='gif'), "'gif' is unknown: choose one of png, jpg"),
 ])
 def test_bad_sets_are_refused_before_a_folder_is_made(tmp_path, arguments, sentence):
