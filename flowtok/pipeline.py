@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .config import FlowTokConfig, check_integer, check_number, from_json, stages, to_json
 from .files import current_file, replace_files
-from .data.images import Skip, decode_image, fit_image, to_images, to_pixels
+from .data.images import Skip, check_size, decode_image, fit_image, to_images, to_pixels, upright
 from .flow.solver import sample
 from .models.fast import CachedVelocity, align_swiglu, fuse_gelu
 from .models.flowtok import FlowTok, direction_config, load_weights, save_weights
@@ -367,7 +367,11 @@ def read_image(
     if not isinstance(image, (str, Path)):
         if not hasattr(image, 'convert'):
             raise ValueError(f"An image must be a PIL image, a path, a URL or an array, got {type(image).__name__}.")
-        return fit_image(image, size)
+        try:
+            check_size(image, size=size)
+            return fit_image(upright(image), size)
+        except Skip as reason:
+            raise ValueError(f"The image of {image.size[0]} x {image.size[1]} pixels cannot be used: {reason}.") from None
     if str(image).startswith(('http://', 'https://')):
         from urllib.request import urlopen
         with urlopen(str(image), timeout=30) as response:

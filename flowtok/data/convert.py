@@ -7,7 +7,7 @@ __all__ = ['IMAGE_ENDINGS', 'TABLES', 'IMAGE_COLUMNS', 'CAPTION_COLUMNS', 'FILE_
            'image_folder', 'coco_entries', 'mjhq_entries', 'folder_entries', 'number_or_text', 'read_rows',
            'find_column', 'table_entries', 'Dropped', 'resize_file', 'pack_image', 'read_captions', 'make_sample',
            'stats_path', 'is_done', 'pack_shard', 'init_converter', 'shared_map', 'check_request', 'list_reasons',
-           'finish_conversion', 'convert_images']
+           'finish_conversion', 'convert_images', 'convert_shards']
 
 # %% ../../nbs/data/07_convert.ipynb #5e54e3fb
 import csv
@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
-from ..files import is_inside, data_identity, write_atomically
+from ..files import is_inside, lock_folder, data_identity, write_atomically
 from .shapes import ENCODINGS, claim_folder, whole_number, write_shard
 
 # %% ../../nbs/data/07_convert.ipynb #716940ec
@@ -273,8 +273,12 @@ def stats_path(shard: Path) -> Path:
 
 def is_done(shard: Path) -> bool:
     "Whether a piece of the list was packed, completely."
-    stats = stats_path(shard)
-    return stats.exists() and (shard.exists() or not json.loads(stats.read_text())['successes'])
+    try:
+        stats = json.loads(stats_path(shard).read_text())
+        size = shard.stat().st_size if shard.exists() else 0
+        return size == stats.get('bytes', size) and (shard.exists() or not stats['successes'])
+    except (OSError, ValueError, KeyError, AttributeError):                      # not there, or cut off
+        return False
 
 
 def pack_shard(
@@ -299,7 +303,7 @@ def pack_shard(
         shard.unlink()
     reasons = Counter(each['reason'] for each in dropped.values())
     successes, missing = len(entries) - len(dropped), reasons['missing image']
-    stats = dict(count=len(entries), successes=successes, failed_to_download=missing,
+    stats = dict(count=len(entries), successes=successes, bytes=shard.stat().st_size if shard.exists() else 0, failed_to_download=missing,
                  failed_to_resize=reasons['unreadable image'] + reasons['too many pixels'],
                  status_dict={'success': successes, **reasons}, dropped=dropped)
     write_atomically(stats_path(shard), json.dumps(stats))
@@ -406,12 +410,23 @@ def convert_images(
     progress: bool = False,  # show a bar with the time left
 ) -> dict:  # what source.json holds
     "Write a data set as shards; finished shards are kept."
-    from tqdm.auto import tqdm
     check_request(name, entries, folder, size=size, samples_per_shard=samples_per_shard, processes=processes)
     out, n, make = Path(out), samples_per_shard, partial(make_sample, folder=folder, size=size)
     listed = data_identity(name, {}, map(json.dumps, entries))['hash']
     plan = dict(name=name, pictures=len(entries), list=listed, size=size, samples_per_shard=n)
     pieces = {out / f'{i // n:05d}.tar': entries[i:i + n] for i in range(0, len(entries), n)}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"Folder {out} cannot be written: {error.strerror or error}.") from None
+    with lock_folder(out):
+        return convert_shards(out, plan, pieces, make, processes, progress)
+
+
+def convert_shards(out: Path, plan: dict, pieces: dict, make: Callable, processes: int, progress: bool) -> dict:
+    "Convert what is left of the pieces; `convert_images` has checked and locked."
+    from tqdm.auto import tqdm
+    name = plan['name']
     try:
         claim_folder(out, plan, 'plan.json')
         left = [shard for shard in pieces if not is_done(shard)]

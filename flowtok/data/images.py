@@ -6,8 +6,8 @@
 __all__ = ['MAX_SHARDS', 'MAX_FILE', 'MAX_SKIPPED', 'UNSAFE', 'SHARD_CACHE_BYTES', 'shard_cache', 'MAX_CAPTION', 'MAX_PIXELS',
            'SHORTEST', 'FORMATS', 'IMAGE_FILES', 'find_shards', 'is_remote', 'Header', 'tar_files', 'parse_shard',
            'cached_shard', 'cache_shard', 'read_shard', 'read_samples', 'Skip', 'record_repair', 'text_of',
-           'metadata_of', 'captions_of', 'to_rgb', 'fit_image', 'open_image', 'decode_image', 'to_images', 'to_pixels',
-           'image_bytes', 'read_moments']
+           'metadata_of', 'captions_of', 'to_rgb', 'upright', 'fit_image', 'check_size', 'open_image', 'decode_image',
+           'to_images', 'to_pixels', 'image_bytes', 'read_moments']
 
 # %% ../../nbs/data/03_images.ipynb #62cc7dae
 import glob
@@ -245,6 +245,14 @@ def to_rgb(
     return image.convert('RGB')
 
 
+def upright(
+    image,  # PIL image
+):  # as the camera was held; the same image where it says nothing
+    "Turn an image as its EXIF data say."
+    from PIL import ImageOps
+    return ImageOps.exif_transpose(image)
+
+
 def fit_image(
     image,  # PIL image of any size and mode
     size: int,  # height and width, pixels
@@ -268,6 +276,20 @@ SHORTEST = 8  # pixels that the shorter side of an image has at least
 FORMATS = 'PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF'
 
 
+def check_size(
+    image,  # PIL image
+    max_pixels: int = MAX_PIXELS,  # of the image, and of what it is resized to
+    size: int = 0,  # height and width that it will have; 0 for its own
+):
+    "Raise Skip for an image that is too small, too large or too narrow."
+    if min(image.size) < SHORTEST:
+        raise Skip('image too small')
+    if image.width * image.height > max_pixels or max(image.size) > 2 * math.sqrt(max_pixels):
+        raise Skip('image too large')
+    if size**2 * max(image.size) / min(image.size) > max_pixels:
+        raise Skip('image too narrow')
+
+
 def open_image(
     data: bytes,  # an image file
     max_pixels: int = MAX_PIXELS,  # of the largest image to decode
@@ -282,10 +304,7 @@ def open_image(
         raise Skip('image too large') from None
     except Exception:                                           # strange bytes make a parser raise anything
         raise Skip('not an image') from None
-    if min(image.size) < SHORTEST:
-        raise Skip('image too small')
-    if image.width * image.height > max_pixels or max(image.size) > 2 * math.sqrt(max_pixels):
-        raise Skip('image too large')
+    check_size(image, max_pixels)
     return image
 
 # %% ../../nbs/data/03_images.ipynb #cd5518d0
@@ -298,15 +317,14 @@ def decode_image(
     repairs: set | None = None,  # what was put right is added
 ) -> np.ndarray:  # (size, size, 3) uint8; Skip where there is no image
     "Decode an image file, resize and crop it."
-    from PIL import ImageOps
     image, repairs = open_image(data, max_pixels), set() if repairs is None else repairs
-    if size**2 * max(image.size) / min(image.size) > max_pixels:
-        raise Skip('image too narrow')
+    check_size(image, max_pixels, size)
     try:
-        ImageOps.exif_transpose(image, in_place=True)           # as the camera was held
+        moving = getattr(image, 'is_animated', False)
+        image = upright(image)
         if image.mode != 'RGB' or image.has_transparency_data:
             repairs.add(f'image in {image.mode}')
-        if getattr(image, 'is_animated', False):
+        if moving:
             repairs.add('first image of several')
         return fit_image(image, size, generator)
     except Exception:                                           # the pixels are decoded only now: cut or damaged

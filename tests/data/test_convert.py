@@ -66,7 +66,7 @@ def shards_of(*words, processes=1): main([*words, '--processes', str(processes)]
 def samples_of(out): return list(read_samples(find_shards(out)))
 
 
-def contents(out): return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+def contents(out): return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.name != '.lock'}
 
 
 def fails(capsys, *words):
@@ -96,7 +96,7 @@ def test_coco(here, capsys):
     assert source['name'] == 'coco-test' and source['counts'] == {'kept': 3} and source['shards'] == 2
     assert source['hash'] == data_identity('', {}, [sample['__key__'] for sample in found])['hash']
     assert json.loads((here / 'out/00001_stats.json').read_text()) == dict(
-        count=1, successes=1, failed_to_download=0, failed_to_resize=0, status_dict={'success': 1}, dropped={})
+        count=1, successes=1, bytes=10240, failed_to_download=0, failed_to_resize=0, status_dict={'success': 1}, dropped={})
 
 
 @pytest.mark.parametrize('split, ids', [('train', [0, 1, 5]), ('restval', [1]), ('val', [2]), ('test', [3, 4, 6]),
