@@ -103,14 +103,15 @@ def replace_files(
 @contextmanager
 def lock_folder(
     folder: str | Path,  # created with its parents where it is absent
-) -> Iterator[Path]:  # the same folder; OSError at once where another process, or another part of this one, is at work there
+    wait: float = 0.,  # seconds to wait for whoever is at work there
+) -> Iterator[Path]:  # the same folder; OSError where another process, or another part of this one, is at work there
     "Context in which no other process works in a folder."
     from filelock import FileLock, Timeout
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     holder, lock = folder / '.in-use-by', FileLock(folder / '.lock', is_singleton=False)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait)
     except Timeout:
         who = holder.read_text().strip() if holder.exists() else 'another process'
         raise OSError(f"{folder} is in use by {who}: wait for it, end it, or choose another folder.") from None

@@ -71,7 +71,8 @@ def find_inception(
 
 
 def load_inception(file: Path) -> nn.Module:
-    "Load the Inception network of FID."
+    "Load the Inception network of FID, its file verified first: the library unpickles it."
+    file = find_inception(str(file))
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     return FeatureExtractorInceptionV3('inception-v3-compat', ['2048'], feature_extractor_weights_path=str(file))
 

@@ -11,6 +11,7 @@ __all__ = ['CONTROLS', 'SCORES', 'SCORERS', 'accuracy_interval', 'scene_prompts'
 # %% ../../nbs/evaluation/01_metrics.ipynb #1d286372
 import importlib.util
 import math
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -247,7 +248,7 @@ def tokenize_captions(
     captions: list[str],  # one caption each
 ) -> tuple[list[str], str]:  # the captions as words with spaces between, and the tokenizer's name: 'ptb' or 'plain'
     "Lower-case captions without punctuation, by the Penn-Treebank tokenizer where Java is there."
-    lines = [' '.join(caption.split()) for caption in captions]
+    lines = [' '.join(re.sub(r'[\x00-\x1f\x7f-\x9f\u2028\u2029]', ' ', caption).split()) for caption in captions]       # a line each
     if shutil.which('java') is None:
         return [' '.join(line.lower().translate(str.maketrans('.?!,:;', ' ' * 6)).split()) for line in lines], 'plain'
     from pycocoevalcap.tokenizer import ptbtokenizer
@@ -255,6 +256,8 @@ def tokenize_captions(
     command = ['java', '-cp', str(jar), 'edu.stanford.nlp.process.PTBTokenizer',
                '-preserveLines', '-lowerCase', '-encoding', 'utf-8']
     run = subprocess.run(command, input='\n'.join(lines) + '\n', capture_output=True, encoding='utf-8', check=True)
+    if run.stdout.count('\n') != len(lines):
+        raise ValueError(f"The tokenizer made {run.stdout.count(chr(10))} lines of {len(lines)} captions.")
     drop = set(ptbtokenizer.PUNCTUATIONS)
     return [' '.join(w for w in line.split() if w not in drop) for line in run.stdout.split('\n')[:len(lines)]], 'ptb'
 

@@ -229,6 +229,8 @@ def fit(
                 save_checkpoint(run, identity=identity, **everything)
         if not last and signal:
             raise Stopped(128 + signal)
+    if report.in_a_row and report.in_a_row == recipe.steps - start:
+        raise FloatingPointError(f"None of the {report.in_a_row} steps had finite gradients: there are no weights to keep.")
     counts = sum(all_gather_object(batches.counts), Counter())
     if report.log:
         report.log.write(step=recipe.steps, samples=dict(counts))
@@ -277,9 +279,10 @@ def cache_tokens(
         posterior = tokenizer.encode(to_images(pixels).to(device))
         return torch.cat([posterior.mean, posterior.logvar], -1).cpu().numpy()
 
-    return write_token_cache(
-        sources, encode, run.cache, run.config.tokenizer.image_size, workers=run.workers, rank=rank,
-        world_size=world_size, tokenizer=name, progress=progress)
+    with lock_folder(run.cache, wait=86_400) if rank == 0 else nullcontext():        # another stage may be encoding
+        return write_token_cache(
+            sources, encode, run.cache, run.config.tokenizer.image_size, workers=run.workers, rank=rank,
+            world_size=world_size, tokenizer=name, progress=progress)
 
 # %% ../../nbs/training/04_fit.ipynb #650a302f
 def processes():

@@ -57,6 +57,12 @@ class Run:
     memory_budget: float = 1.  # with compile: share of the activations that is kept for the backward pass, in (0, 1]; the others are computed again
     tensorboard: bool = False  # also log for TensorBoard
 
+    def __post_init__(self):
+        for name, least in (('seed', 0), ('log_every', 1), ('sample_every', 1), ('save_every', 1), ('keep', 1), ('workers', 0)):
+            check_integer(name, getattr(self, name), least)
+        if self.resume not in ('auto', 'changed', 'never'):
+            raise ValueError(f"resume must be auto, changed or never, got {self.resume!r}.")
+
     @property
     def folder(self) -> Path:
         "Where this stage keeps its log, images and checkpoints."

@@ -1,4 +1,6 @@
 "Features for FID: the two ways to resize, Inception layer by layer, kept references, the CLIP score."
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,7 @@ def network(tmp_path, monkeypatch):
     extractor = pytest.importorskip('torch_fidelity.feature_extractor_inceptionv3').FeatureExtractorInceptionV3
     monkeypatch.setattr(extractor, 'load_state_dict', lambda self, state: None)
     torch.save({}, tmp_path / 'weights.pth')
+    monkeypatch.setattr(features, 'INCEPTION_SHA256', hashlib.sha256((tmp_path / 'weights.pth').read_bytes()).hexdigest())
     torch.manual_seed(0)
     return features.load_inception(tmp_path / 'weights.pth')
 

@@ -116,3 +116,43 @@ def test_weights_that_overflow_in_the_file_are_not_written(tmp_path):
         save_weights(layer, tmp_path / 'w.safetensors', torch.float16)
     assert not list(tmp_path.iterdir())
     save_weights(layer, tmp_path / 'w.safetensors', torch.bfloat16)
+
+
+@pytest.mark.parametrize('part, name, value', [
+    ('tokenizer', 'rope_theta', 0.), ('tokenizer', 'num_tokens', -16), ('tokenizer', 'encoder_depth', 10**7), ('tokenizer', 'token_dim', 2**30), ('tokenizer', 'latent_scale', math.nan),
+    ('text', 'length', 0), ('text', 'projector_dropout', math.inf), ('flow', 'depth', -1), ('flow', 'width', True), ('sampling', 'steps', 0), ('sampling', 'temperature', math.nan)])
+def test_a_config_of_impossible_sizes_is_refused(part, name, value):
+    from dataclasses import replace
+
+    from flowtok.config import preset
+    with pytest.raises(ValueError):
+        replace(getattr(preset('xl'), part), **{name: value})
+
+
+@pytest.mark.parametrize('name, value', [('save_every', 0), ('log_every', 0), ('sample_every', -1), ('keep', 0), ('seed', -1), ('workers', 2.5), ('resume', 'maybe')])
+def test_a_run_of_impossible_numbers_is_refused(name, value):
+    from dataclasses import replace
+    with pytest.raises(ValueError):
+        replace(plan('text'), **{name: value})
+
+
+def test_a_recipe_that_is_not_finite_is_refused():
+    from flowtok.training.tasks import parse_changes
+    for name in ('learning_rate', 'kl_weight', 'clip', 'time_mean', 'ema'):
+        for value in ('nan', 'inf'):
+            with pytest.raises(ValueError):
+                plan('text-to-image', changes=parse_changes(f'{name}={value}'))
+
+
+def test_captions_keep_their_lines_whatever_they_hold():
+    from flowtok.evaluation.metrics import tokenize_captions
+    strange = ['a\nred\u2028ring', 'a\0blue\x85star', '', '   ', 'a\x0bgreen\x1dbar\r\n', 'a red ring']
+    words, _ = tokenize_captions(strange)
+    assert words == ['a red ring', 'a blue star', '', '', 'a green bar', 'a red ring']
+
+
+def test_an_inception_that_is_another_file_is_never_unpickled(tmp_path):
+    from flowtok.evaluation.features import load_inception
+    torch.save({'a': 1}, tmp_path / 'weights.pth')
+    with pytest.raises(ValueError):
+        load_inception(tmp_path / 'weights.pth')
