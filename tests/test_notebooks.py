@@ -68,7 +68,7 @@ def test_train_on_a_folder_of_your_own_images(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     counts = read_record(tmp_path).metrics['samples']
     assert counts.keys() == set(stages) and counts['tokenizer']['kept'] >= 64
-    assert FlowTokPipeline.from_pretrained(tmp_path)('my picture of a red something', num_inference_steps=1)[0].size == (64, 64)
+    assert FlowTokPipeline.from_pretrained(tmp_path)('my image of a red something', num_inference_steps=1)[0].size == (64, 64)
     assert 'shard: missing' in counts['text'] and str(counts) in (tmp_path / 'run.ipynb').read_text()
 
 
