@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JOURNAL', 'is_inside', 'atomic_path', 'write_atomically', 'current_file', 'finish_replacing', 'replace_files',
-           'lock_folder', 'data_identity', 'file_digest']
+           'lock_folder', 'hub_reachable', 'data_identity', 'file_digest']
 
 # %% ../nbs/files.ipynb #c7a205f5
 import hashlib
@@ -121,6 +121,23 @@ def lock_folder(
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
+
+# %% ../nbs/files.ipynb #1ee42b7f
+def hub_reachable(
+    seconds: float = 1.5,  # at most, to connect
+) -> bool:  # True behind a proxy, too, which is not asked
+    "Whether the Hugging Face hub answers at all."
+    from urllib.parse import urlparse
+    from urllib.request import getproxies
+    from huggingface_hub import constants
+    if getproxies():
+        return True
+    address = urlparse(constants.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname, address.port or (80 if address.scheme == 'http' else 443)), seconds).close()
+    except OSError:
+        return False
+    return True
 
 # %% ../nbs/files.ipynb #3aee853c
 def data_identity(

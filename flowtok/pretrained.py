@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .files import write_atomically
+from .files import hub_reachable, write_atomically
 from .models.released import (FLOWTOK_NAMES, ROPE_KEYS, SUFFIXES, build_model, check_rotary, flowtok_config, listed,
                                  read_state, tokenizer_config, tokenizer_names)
 from .config import FlowTokConfig, from_json, to_json
@@ -64,12 +64,12 @@ def find_weights(
     repo, chosen = '/'.join(parts[:2]), '/'.join(parts[2:])
     file = chosen or FIRST_CHOICE.get((repo, kind), 'model.safetensors')
     try:
-        path = Path(hf_hub_download(repo, file))
+        path = Path(hf_hub_download(repo, file, local_files_only=(offline := not hub_reachable())))
     except errors:
         raise FileNotFoundError(offline_sentence(repo, file, bool(chosen))) from None
     if file == 'model.safetensors':
         try:
-            hf_hub_download(repo, 'config.json')
+            hf_hub_download(repo, 'config.json', local_files_only=offline)
         except errors:  # only files of our own need it, and `own_config` says so
             pass
     return path

@@ -350,7 +350,7 @@ def hub(monkeypatch):
     from huggingface_hub.errors import LocalEntryNotFoundError
     files = {}
 
-    def download(repo, file):
+    def download(repo, file, local_files_only=False):
         if (repo, file) not in files:
             raise LocalEntryNotFoundError('offline')
         return str(files[repo, file])
