@@ -144,8 +144,17 @@ def test_a_recipe_that_is_not_finite_is_refused():
                 plan('text-to-image', changes=parse_changes(f'{name}={value}'))
 
 
-def test_captions_keep_their_lines_whatever_they_hold():
+@pytest.mark.parametrize('java', [False, True])
+def test_captions_keep_their_lines_whatever_they_hold(java, monkeypatch):
+    import shutil
+
     from flowtok.evaluation.metrics import tokenize_captions
+    if java:
+        pytest.importorskip('pycocoevalcap')
+        if not shutil.which('java'):
+            pytest.skip('no Java here')
+    else:
+        monkeypatch.setattr(shutil, 'which', lambda name: None)
     strange = ['a\nred\u2028ring', 'a\0blue\x85star', '', '   ', 'a\x0bgreen\x1dbar\r\n', 'a red ring']
     words, _ = tokenize_captions(strange)
     assert words == ['a red ring', 'a blue star', '', '', 'a green bar', 'a red ring']
