@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'DTYPES', 'OUTPUT_TYPES', 'PRECISIONS', 'QUANTIZATIONS', 'FlowTokPipeline', 'embedded_weights',
-           'find_pipeline', 'draw_noise', 'check_generator', 'batched', 'postprocess', 'EncodedPrompts', 'padded',
-           'read_image', 'quantize_blocks']
+           'find_pipeline', 'same_weights', 'draw_noise', 'check_generator', 'check_prompts', 'batched', 'postprocess',
+           'EncodedPrompts', 'padded', 'check_pixels', 'read_image', 'quantize_blocks']
 
 # %% ../nbs/pipeline.ipynb #5fd2456b
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -115,13 +115,15 @@ def from_pretrained(
     return cls(config, clip, **parts).to(torch_dtype)
 
 # %% ../nbs/pipeline.ipynb #d7c13e3b
-@patch
-def holds(self: FlowTokPipeline, stage: str, path: Path) -> bool:
-    "Whether a file of weights is that of a part of this pipeline, but for rounding to half precision."
+def same_weights(
+    part: nn.Module | None,  # of a pipeline
+    path: Path,  # .safetensors file
+) -> bool:
+    "Whether a file holds the weights of a part, but for rounding to half precision."
     from safetensors.torch import load_file
-    if stage not in self.parts:
+    if part is None:
         return False
-    own, saved = self.parts[stage].state_dict(), load_file(path)
+    own, saved = part.state_dict(), load_file(path)
     return all(name in own and own[name].shape == x.shape and torch.allclose(own[name].cpu().float(), x.float(), rtol=1e-2, atol=1e-4)
                for name, x in saved.items())
 
@@ -138,7 +140,7 @@ def save_pretrained(
     self.require_weights(*stages)
     with replace_files(folder) as part:
         foreign = [stage for stage in PARTS if stage not in stages and current_file(folder, f'{stage}.safetensors').exists()
-                   and not self.holds(stage, current_file(folder, f'{stage}.safetensors'))]
+                   and not same_weights(self.parts.get(stage), current_file(folder, f'{stage}.safetensors'))]
         if foreign:
             raise ValueError(f"{folder} holds {', '.join(foreign)} of another pipeline: choose another folder, or save these parts, too.")
         for stage in stages:
@@ -216,6 +218,14 @@ def check_generator(generator):
         raise ValueError(f"generator must be a torch.Generator or a list of them, as torch.Generator().manual_seed(42): got {generator!r}.")
 
 
+def check_prompts(prompts):
+    "Raise ValueError unless it can be iterated over."
+    try:
+        iter(prompts)
+    except TypeError:
+        raise ValueError(f"A prompt must be a string or several of them, got {prompts!r}.") from None
+
+
 def batched(items: Iterable, size: int) -> Iterator[list]:
     "Lists of at most `size` items, read as they are needed."
     items = iter(items)
@@ -264,7 +274,7 @@ def stream(
     self: FlowTokPipeline, prompts: str | Iterable[str], num_inference_steps=None, guidance_scale=None, generator=None, output_type='pil', *,
     num_images_per_prompt=1, text_at_decoding=True, batch_size=64, temperature=None, guidance_interval=None, solver='euler', times=None,
 ) -> Iterator:  # of lists or tensors of at most batch_size images, in order
-    "As `FlowTokPipeline.__call__`, batch by batch in bounded memory; an iterator of prompts is read as images are asked for."
+    "As `FlowTokPipeline.__call__`, batch by batch in bounded memory; an iterator of prompts is read lazily."
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
     batch_size, num_images_per_prompt = check_integer('batch_size', batch_size), check_integer('num_images_per_prompt', num_images_per_prompt)
@@ -276,8 +286,7 @@ def stream(
                     guidance_interval=default.guidance_interval if guidance_interval is None else guidance_interval,
                     schedule=default.schedule, solver=solver, times=times)
     temperature = check_number('temperature', default.temperature if temperature is None else temperature, 0, 2)
-    if not isinstance(prompts, Iterable):
-        raise ValueError(f"A prompt must be a string or several of them, got {prompts!r}.")
+    check_prompts(prompts)
     if isinstance(prompts, (str, Sequence)):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
@@ -341,10 +350,8 @@ def __call__(
     times: Sequence[float] | None = None,  # ends of the solver's steps from 0 to 1, instead of num_inference_steps
 ) -> list | Tensor:
     "Generate images for prompts (paper, section 3: from Z_T to Z_I)."
-    try:
-        prompt = [prompt] if isinstance(prompt, str) else list(prompt)
-    except TypeError:
-        raise ValueError(f"A prompt must be a string or several of them, got {prompt!r}.") from None
+    check_prompts(prompt)
+    prompt = [prompt] if isinstance(prompt, str) else list(prompt)
     batches = list(self.stream(
         prompt, num_inference_steps, guidance_scale, generator, output_type, num_images_per_prompt=num_images_per_prompt,
         text_at_decoding=text_at_decoding, batch_size=batch_size, temperature=temperature,
@@ -352,6 +359,15 @@ def __call__(
     return torch.cat(batches) if isinstance(batches[0], Tensor) else [image for batch in batches for image in batch]
 
 # %% ../nbs/pipeline.ipynb #8a6f7413
+def check_pixels(
+    pixels: np.ndarray | Tensor,
+):
+    "Raise ValueError unless pixels are floats in [0, 1], but for rounding."
+    pixels = torch.as_tensor(pixels)
+    if not pixels.is_floating_point() or not (pixels.isfinite().all() and pixels.min() >= -.01 and pixels.max() <= 1.01):
+        raise ValueError(f"Images must hold floats in [0, 1] (or be uint8 arrays), got {pixels.dtype} from {pixels.min()} to {pixels.max()}.")
+
+
 def read_image(
     image,  # PIL image; path or http(s) URL of an image file; array (h, w) or (h, w, 3), uint8 or floats in [0, 1]
     size: int,  # height and width, pixels
@@ -361,9 +377,10 @@ def read_image(
     if isinstance(image, np.ndarray):
         if image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] not in (3, 4):
             raise ValueError(f"An image array must have the shape (h, w), (h, w, 3) or (h, w, 4), got {image.shape}.")
-        if image.dtype != np.uint8 and not (np.issubdtype(image.dtype, np.floating) and np.isfinite(image).all() and image.min() >= -.01 and image.max() <= 1.01):
-            raise ValueError(f"An image array must be uint8 or floats in [0, 1], got {image.dtype} from {image.min()} to {image.max()}.")
-        image = Image.fromarray(image if image.dtype == np.uint8 else (image.clip(0, 1) * 255 + .5).astype(np.uint8))
+        if image.dtype != np.uint8:
+            check_pixels(image)
+            image = (image.clip(0, 1) * 255 + .5).astype(np.uint8)
+        image = Image.fromarray(image)
     if not isinstance(image, (str, Path)):
         if not hasattr(image, 'convert'):
             raise ValueError(f"An image must be a PIL image, a path, a URL or an array, got {type(image).__name__}.")
@@ -397,8 +414,7 @@ def prepare_images(
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"A tensor of images must have the shape (b, 3, {size}, {size}), got {tuple(images.shape)}: "
                              "give PIL images to have them resized.")
-        if not images.is_floating_point() or not (images.isfinite().all() and images.min() >= -.01 and images.max() <= 1.01):
-            raise ValueError(f"A tensor of images must hold floats in [0, 1], got {images.dtype} from {images.min():g} to {images.max():g}.")
+        check_pixels(images)
         return images.to(torch.float32)
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     if not images:

@@ -63,8 +63,9 @@ def find_weights(
     errors = HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError
     repo, chosen = '/'.join(parts[:2]), '/'.join(parts[2:])
     file = chosen or FIRST_CHOICE.get((repo, kind), 'model.safetensors')
+    offline = not hub_reachable()
     try:
-        path = Path(hf_hub_download(repo, file, local_files_only=(offline := not hub_reachable())))
+        path = Path(hf_hub_download(repo, file, local_files_only=offline))
     except errors:
         raise FileNotFoundError(offline_sentence(repo, file, bool(chosen))) from None
     if file == 'model.safetensors':

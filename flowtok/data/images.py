@@ -292,7 +292,8 @@ def check_size(
 
 def open_image(
     data: bytes,  # an image file
-    max_pixels: int = MAX_PIXELS,  # of the largest image to decode
+    max_pixels: int = MAX_PIXELS,  # as `check_size`
+    size: int = 0,  # as `check_size`
 ):  # PIL image, not decoded yet; Skip where it should not be
     "Open an image file and validate its header; Skip for an unusable one."
     from PIL import Image
@@ -304,7 +305,7 @@ def open_image(
         raise Skip('image too large') from None
     except Exception:                                           # strange bytes make a parser raise anything
         raise Skip('not an image') from None
-    check_size(image, max_pixels)
+    check_size(image, max_pixels, size)
     return image
 
 # %% ../../nbs/data/03_images.ipynb #cd5518d0
@@ -317,8 +318,7 @@ def decode_image(
     repairs: set | None = None,  # what was put right is added
 ) -> np.ndarray:  # (size, size, 3) uint8; Skip where there is no image
     "Decode an image file, resize and crop it."
-    image, repairs = open_image(data, max_pixels), set() if repairs is None else repairs
-    check_size(image, max_pixels, size)
+    image, repairs = open_image(data, max_pixels, size), set() if repairs is None else repairs
     try:
         moving = getattr(image, 'is_animated', False)
         image = upright(image)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..files import atomic_path
 from ..config import FlowTokConfig, SourceConfig
-from .layers import DiagonalGaussian, FinalLayer, ModulatedBlock, TimeEmbedding, sinusoid_positions
+from .layers import DiagonalGaussian, FinalLayer, ModulatedBlock, TimeEmbedding, check_finite, sinusoid_positions
 from .text import AlignmentMLP, TextProjector
 
 # %% ../../nbs/models/04_flowtok.ipynb #6a957a7b
@@ -136,9 +136,7 @@ def save_weights(
     from safetensors.torch import save_file
     state = {name: x.detach().to('cpu', dtype if x.is_floating_point() else None).contiguous()
              for name, x in module.state_dict().items() if training or not is_training_only(module, name)}
-    broken = [name for name, x in state.items() if x.is_floating_point() and not x.isfinite().all()]
-    if broken:
-        raise ValueError(f"{broken[0]} holds values that are no finite numbers{f' as {dtype}: choose another dtype' if dtype else ''}.")
+    check_finite(state, f"{type(module).__name__}{f' as {dtype}' if dtype else ''}")
     with atomic_path(path) as part:
         save_file(state, part, {'stage': stage} if stage else None)
 
@@ -161,9 +159,7 @@ def load_weights(
         raise ValueError(f'{path} is not a whole safetensors file: {error}.') from None
     if stage and saved_as != stage:
         raise ValueError(f"{path} holds the weights of {saved_as}, not of {stage}.")
-    broken = [name for name, x in state.items() if x.is_floating_point() and not x.isfinite().all()]
-    if broken:
-        raise ValueError(f"{path} holds values that are no finite numbers: {broken[0]}.")
+    check_finite(state, path)
     own = module.state_dict()
     missing = sorted(name for name in own.keys() - state.keys() if not is_training_only(module, name))
     unexpected = sorted(state.keys() - own.keys())

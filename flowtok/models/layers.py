@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DiagonalGaussian', 'grid_coordinates', 'rope_angles', 'apply_rope', 'RotaryTables', 'Attention', 'SwiGLU', 'MLP',
            'Block', 'timestep_features', 'TimeEmbedding', 'sinusoid_positions', 'modulate', 'ModulatedBlock',
-           'FinalLayer', 'float32_default']
+           'FinalLayer', 'float32_default', 'check_finite']
 
 # %% ../../nbs/models/01_layers.ipynb #0ba00bad
 import math
@@ -91,7 +91,7 @@ def apply_rope(
 
 # %% ../../nbs/models/01_layers.ipynb #5982b395
 class RotaryTables(nn.Module):
-    "Rotary tables: those of the usual grid are kept, others are made when they are asked for."
+    "Rotary tables: stored for the usual grid, computed on demand for others."
     def __init__(
         self,
         head_dim: int,  # width of an attention head, a multiple of 4
@@ -302,3 +302,14 @@ def float32_default():
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def check_finite(
+    state: dict[str, Tensor],  # weights by name
+    where: str,  # for the message: the file, or the module
+    integers: bool = True,  # whether there may be tensors of integers
+):
+    "Raise ValueError where a weight is not a finite number."
+    broken = sorted(name for name, x in state.items() if not (x.isfinite().all() if x.is_floating_point() else integers))
+    if broken:
+        raise ValueError(f"{where} holds values that are not finite numbers: {', '.join(broken[:3])}{' ...' if len(broken) > 3 else ''}.")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import FlowConfig, FlowTokConfig, SamplingConfig, TextConfig, TokenizerConfig, presets
-from .layers import RotaryTables, grid_coordinates, rope_angles
+from .layers import RotaryTables, check_finite, grid_coordinates, rope_angles
 from .tokenizer import ImageTokenizer
 
 # %% ../../nbs/models/05_released.ipynb #6cef7667
@@ -137,9 +137,7 @@ def check_entries(
               (('missing', missing), ('unexpected', unexpected), ('misshapen', misshapen)) if names]
     if faults:
         raise ValueError(f"{source} does not fit, {'; '.join(faults)}.")
-    broken = [key for key, x in state.items() if not x.is_floating_point() or not x.isfinite().all()]
-    if broken:
-        raise ValueError(f"{source} holds values that are no finite floating point numbers: {listed(broken)}.")
+    check_finite(state, source, integers=False)
 
 # %% ../../nbs/models/05_released.ipynb #6cb2898f
 TOKEN_BUFFERS = 'token_mean', 'token_scale'

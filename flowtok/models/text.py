@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import WORDS, FlowTokConfig, TextConfig, canonical, split_words
-from .layers import Block, DiagonalGaussian, float32_default
+from .layers import Block, DiagonalGaussian, check_finite, float32_default
 
 # %% ../../nbs/models/03_text.ipynb #f612847c
 @cache  # once per process
@@ -144,8 +144,10 @@ def text_tower_state(
                 name = name.replace(theirs, ours)
         if not name.startswith(('embeddings.', 'encoder.', 'final_layer_norm.')) or name.endswith('position_ids'):
             continue
-        joined = '.attn.in_proj_' in name
-        tower |= {name.replace('.attn.in_proj_', f'.self_attn.{part}_proj.'): y for part, y in zip('qkv', x.chunk(3))} if joined else {name: x}
+        if '.attn.in_proj_' in name:
+            tower |= {name.replace('.attn.in_proj_', f'.self_attn.{part}_proj.'): y for part, y in zip('qkv', x.chunk(3))}
+        else:
+            tower[name] = x
     return tower
 
 # %% ../../nbs/models/03_text.ipynb #941b5341
@@ -164,9 +166,7 @@ def load_clip(
     except (RuntimeError, UnpicklingError, SafetensorError, EOFError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"{path} does not hold the text tower of CLIP {clip_name}: it is another model's, cut off, or "
                          "no file of tensors.") from error
-    broken = [name for name, x in tower.state_dict().items() if not x.isfinite().all()]
-    if broken:
-        raise ValueError(f'{path} holds values that are no finite numbers: {broken[0]}.')
+    check_finite(tower.state_dict(), path)
 
 # %% ../../nbs/models/03_text.ipynb #cf40e809
 def clip_tower(

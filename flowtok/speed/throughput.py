@@ -296,7 +296,7 @@ def muon_rows(
     kinds = {'torch.optim.AdamW': torch.optim.AdamW, 'flowtok.training.optim.Muon': Muon} | (
         {'torch.optim.Muon': torch.optim.Muon} if hasattr(torch.optim, 'Muon') else {})
     times = time_interleaved({name: stepper(kind) for name, kind in kinds.items()}, device, repeats)
-    return [{'optimizer': name, 'model': config.name, 'matrices': len(shapes), 'bf16 instructions': device.type == 'cuda' or cpu_has_bf16(),
+    return [{'optimizer': name, 'model': config.name, 'matrices': len(shapes), 'multiplies in bf16': device.type == 'cuda' or cpu_has_bf16(),
              'seconds a step': statistics.median(seconds_each), 'spread': f'{min(seconds_each):.4g} to {max(seconds_each):.4g}'}
             for name, seconds_each in times.items()]
 

@@ -206,6 +206,8 @@ def fit(
     identity = all_gather_object(run_identity(run) if accelerator.is_main_process else None)[0]
     state = newest_state(run) or {'step': 0, 'position': None, 'identity': identity}
     changed, start = check_identity(run, identity, state.get('identity')), state['step']
+    if accelerator.is_main_process:
+        write_atomically(run.folder / 'run.json', to_json(run))                  # only once it is known to be this folder's run
     if start:
         restore(state, stage, ema, optimizers)
     model, *optimizers = accelerator.prepare(stage, *optimizers, device_placement=[True] + [False] * len(optimizers))
@@ -220,6 +222,7 @@ def fit(
         report.warn(start, changed=sentence)
     group = dist.new_group(backend='gloo') if accelerator.num_processes > 1 else None
     del state                                                                    # as large as the model
+    signal = 0
     for step, losses in training_steps(accelerator, model, stage, optimizers, ema, batches, run.seed, start, critics):
         report(step, losses, learning_rate_factor(step - 1, recipe))
         last, signal = step == recipe.steps, stop.seen(group)
@@ -238,6 +241,8 @@ def fit(
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()
+    if signal:                                                                   # in the last step: this stage is finished, no other begins
+        raise Stopped(128 + signal)
 
 # %% ../../nbs/training/04_fit.ipynb #d80e938e
 def train(
@@ -250,11 +255,7 @@ def train(
     check_folder(run)
     try:
         with lock_folder(run.folder) if first else nullcontext(), GracefulStop() as stop:
-            if first:
-                write_atomically(run.folder / 'run.json', to_json(run))
             fit(run, stop, tell)
-            if stop.signal:                                                      # in the last step: this stage is finished, no other begins
-                raise Stopped(128 + stop.signal)
     finally:
         AcceleratorState._reset_state(reset_partial_state=False)                 # the next stage may have another precision
 

@@ -39,12 +39,12 @@ def launch(
     "Train a stage in new processes and yield the lines of its log."
     processes = processes or default_processes(run)
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.folder / 'run.json', to_json(run))
+    write_atomically(run.folder / 'launch.json', to_json(run))                  # run.json is that of the run that was accepted here
     log, errors = run.folder / 'log.jsonl', run.folder / 'errors.txt'
     command = [sys.executable, '-m']
     if processes > 1:
         command += ['torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '-m']
-    command += ['flowtok.training.fit', str(run.folder / 'run.json')]
+    command += ['flowtok.training.fit', str(run.folder / 'launch.json')]
     threads = max(1, (os.cpu_count() or 1) // (processes * stages_at_once))
     old = log.stat().st_ino if log.exists() else None
     with errors.open('w') as sink:

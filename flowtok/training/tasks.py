@@ -125,10 +125,11 @@ def plan(
     "Build the run of a stage."
     if scale not in ('smoke', *presets):
         raise ValueError(f"Scale {scale!r} is unknown: choose one of smoke, {', '.join(presets)}.")
-    check_number('longer', longer, 1e-3, 1e3), check_integer('steps', steps, 0), check_integer('batch_size', batch_size, 0)
-    for option in ('clip', 'init'):
-        given = watching.get(option)
-        if given and given != 'openai' and not Path(given).exists():
+    check_number('longer', longer, 1e-3, 1e3)
+    check_integer('steps', steps, 0)
+    check_integer('batch_size', batch_size, 0)
+    for option, given in (('clip', watching.get('clip', '')), ('init', watching.get('init', ''))):
+        if given and (option, given) != ('clip', 'openai') and not Path(given).exists():
             raise FileNotFoundError(f"{option} names {given}, which is not there.")
     smoke = scale == 'smoke'
     config = preset('tiny' if smoke else scale)
