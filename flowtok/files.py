@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PENDING_RENAMES', 'is_inside', 'atomic_path', 'write_atomically', 'pending_renames', 'current_file', 'finish_renames',
-           'replace_files', 'lock_folder', 'hub_reachable', 'data_identity', 'file_digest']
+           'replace_files', 'lock_folder', 'reachable', 'data_identity', 'file_digest']
 
 # %% ../nbs/files.ipynb #c7a205f5
 import hashlib
@@ -125,16 +125,17 @@ def lock_folder(
         lock.release()
 
 # %% ../nbs/files.ipynb #1ee42b7f
-def hub_reachable(
+def reachable(
+    url: str | None = None,  # of a server, None for the Hugging Face hub
     seconds: float = 1.5,  # at most, to connect
 ) -> bool:  # True behind a proxy, which is not tested
-    "Whether the Hugging Face hub answers at all."
+    "Whether a server answers at all."
     from urllib.parse import urlparse
     from urllib.request import getproxies
     from huggingface_hub import constants
     if getproxies():
         return True
-    address = urlparse(constants.ENDPOINT)
+    address = urlparse(url or constants.ENDPOINT)
     try:
         socket.create_connection((address.hostname, address.port or (80 if address.scheme == 'http' else 443)), seconds).close()
     except OSError:

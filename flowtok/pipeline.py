@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .config import FlowTokConfig, check_integer, check_number, from_json, stages, to_json
-from .files import current_file, hub_reachable, replace_files
+from .files import current_file, reachable, replace_files
 from .data.images import Skip, check_size, decode_image, fit_image, to_images, to_pixels, upright
 from .flow.solver import sample
 from .models.fast import CachedVelocity, align_swiglu, fuse_gelu
@@ -88,7 +88,7 @@ def find_pipeline(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
     try:
-        return Path(snapshot_download(str(name), allow_patterns=['*.json', '*.safetensors'], local_files_only=not hub_reachable()))
+        return Path(snapshot_download(str(name), allow_patterns=['*.json', '*.safetensors'], local_files_only=not reachable()))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
         raise FileNotFoundError(f"There is no pipeline {str(name)!r}: it is neither a folder here nor a model that the "
                                 "Hugging Face hub could be asked for.") from None

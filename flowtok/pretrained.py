@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .files import hub_reachable, write_atomically
+from .files import reachable, write_atomically
 from .models.released import (FLOWTOK_NAMES, ROPE_KEYS, SUFFIXES, build_model, check_rotary, flowtok_config, listed,
                                  read_state, tokenizer_config, tokenizer_names)
 from .config import FlowTokConfig, from_json, to_json
@@ -63,7 +63,7 @@ def find_weights(
     errors = HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError
     repo, chosen = '/'.join(parts[:2]), '/'.join(parts[2:])
     file = chosen or FIRST_CHOICE.get((repo, kind), 'model.safetensors')
-    offline = not hub_reachable()
+    offline = not reachable()
     try:
         path = Path(hf_hub_download(repo, file, local_files_only=offline))
     except errors:

@@ -55,36 +55,36 @@ def test_the_tokenizers_recipe_has_critics_and_no_other():
     assert not any(getattr(other, name) for other in others for name in critics)
 
 
-@pytest.mark.parametrize('make, words', (
+@pytest.mark.parametrize('make, named', (
     (lambda: preset('XL'), 'choose one of tiny, s, b, l, xl, h'),
-    (lambda: preset(''), 'choose one of'),
-    (lambda: recipe('m', 'text'), 'choose one of tiny'),
-    (lambda: recipe('b', 'texts'), 'choose one of tokenizer'),
-    (lambda: TokenizerConfig(positions='sine'), "'rope' or 'learned'"),
+    (lambda: preset(''), 'tiny'),
+    (lambda: recipe('m', 'text'), 'tiny'),
+    (lambda: recipe('b', 'texts'), 'tokenizer'),
+    (lambda: TokenizerConfig(positions='sine'), 'rope.*learned.*sine'),
     (lambda: TokenizerConfig(image_size=0), 'image_size'),
     (lambda: TokenizerConfig(image_size=250), 'image_size'),
     (lambda: TokenizerConfig(patch_size=0), 'patch_size'),
-    (lambda: TokenizerConfig(encoder_width=72, encoder_heads=12), 'a multiple of 4 times its heads'),
+    (lambda: TokenizerConfig(encoder_width=72, encoder_heads=12), '72.*12'),
     (lambda: TokenizerConfig(decoder_heads=0), 'decoder'),
-    (lambda: TokenizerConfig(anchored=True), 'square number'),
-    (lambda: TokenizerConfig(anchored=True, num_tokens=9), 'divides 16'),
-    (lambda: TokenizerConfig(anchored=True, num_tokens=16, positions='learned'), 'rotary'),
-    (lambda: TextConfig(encoder='bert'), "'clip' or 'words'"),
-    (lambda: TextConfig(activation='relu'), "'quick_gelu' or 'gelu'"),
-    (lambda: TextConfig('words', vocabulary=('a',)), 'plus 2, 3'),
-    (lambda: TextConfig(width=100), "projector's width"),
-    (lambda: FlowConfig(heads=5), 'velocity network'),
+    (lambda: TokenizerConfig(anchored=True), '77'),
+    (lambda: TokenizerConfig(anchored=True, num_tokens=9), '16'),
+    (lambda: TokenizerConfig(anchored=True, num_tokens=16, positions='learned'), 'positions|rotary'),
+    (lambda: TextConfig(encoder='bert'), 'clip.*words.*bert'),
+    (lambda: TextConfig(activation='relu'), 'quick_gelu.*gelu.*relu'),
+    (lambda: TextConfig('words', vocabulary=('a',)), '3'),
+    (lambda: TextConfig(width=100), '100'),
+    (lambda: FlowConfig(heads=5), '5'),
     (lambda: Recipe(-1, 1), 'steps'),
     (lambda: Recipe(1, 0), 'batch_size'),
     (lambda: Recipe(1, 1, learning_rate=float('nan')), 'learning_rate'),
     (lambda: Recipe(1, 1, ema=1.5), 'ema'),
     (lambda: Recipe(1, 1, gan_weight=.1), 'gan_learning_rate'),
     (lambda: Recipe(1, 1, gan_start=-1), 'gan_start'),
-    (lambda: Recipe(1, 1, schedule='linear'), 'constant, cosine'),
-    (lambda: Recipe(1, 1, precision='fp8'), 'fp32, bf16'),
+    (lambda: Recipe(1, 1, schedule='linear'), 'linear.*constant.*cosine'),
+    (lambda: Recipe(1, 1, precision='fp8'), 'fp8.*fp32.*bf16'),
 ))
-def test_senseless_values_are_refused_in_one_sentence(make, words):
-    with pytest.raises(ValueError, match=words) as error:
+def test_senseless_values_are_refused_in_one_sentence(make, named):
+    with pytest.raises(ValueError, match=named) as error:
         make()
     assert '\n' not in str(error.value) and str(error.value).endswith('.')
 
@@ -95,20 +95,20 @@ def changed(change):
     return json.dumps(values)
 
 
-@pytest.mark.parametrize('text, words', (
-    ('{', 'is not JSON'),
-    ('[]', 'must be a JSON object'),
-    (changed(lambda v: v.update(flow=3)), 'The config, flow, must be a JSON object, got 3'),
-    (changed(lambda v: v.pop('text')), "lacks the entry 'text'"),
-    (changed(lambda v: v['text'].pop('length')), "The config, text, lacks the entry 'length'"),
-    (changed(lambda v: v['tokenizer'].update(colour='red')), "unknown entry 'colour': it may have image_size, patch"),
-    (changed(lambda v: v['tokenizer'].update(anchored=1)), 'anchored, must be of type bool, got 1'),
-    (changed(lambda v: v['flow'].update(depth=2.5)), 'depth, must be of type int, got 2.5'),
-    (changed(lambda v: v['flow'].update(depth=True)), 'depth, must be of type int, got True'),
-    (changed(lambda v: v['flow'].update(heads=3)), "velocity network's width"),
+@pytest.mark.parametrize('text, named', (
+    ('{', 'JSON'),
+    ('[]', 'JSON'),
+    (changed(lambda v: v.update(flow=3)), 'flow.*3'),
+    (changed(lambda v: v.pop('text')), 'text'),
+    (changed(lambda v: v['text'].pop('length')), 'text.*length'),
+    (changed(lambda v: v['tokenizer'].update(colour='red')), 'colour.*image_size'),
+    (changed(lambda v: v['tokenizer'].update(anchored=1)), 'anchored.*bool.*1'),
+    (changed(lambda v: v['flow'].update(depth=2.5)), 'depth.*int.*2.5'),
+    (changed(lambda v: v['flow'].update(depth=True)), 'depth.*int.*True'),
+    (changed(lambda v: v['flow'].update(heads=3)), '3'),
 ))
-def test_files_are_read_strictly(text, words):
-    with pytest.raises(ValueError, match=words):
+def test_files_are_read_strictly(text, named):
+    with pytest.raises(ValueError, match=named):
         from_json(text)
 
 

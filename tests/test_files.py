@@ -46,17 +46,17 @@ def test_a_hub_that_does_not_answer_is_known_in_a_moment(monkeypatch):
 
     from huggingface_hub import constants
 
-    from flowtok.files import hub_reachable
+    from flowtok.files import reachable
     monkeypatch.setattr(urllib.request, 'getproxies', lambda: {})
     with socket.socket() as server:
         server.bind(('127.0.0.1', 0))
         server.listen()
         monkeypatch.setattr(constants, 'ENDPOINT', f'http://127.0.0.1:{server.getsockname()[1]}')
-        assert hub_reachable()
+        assert reachable()
     began = time.monotonic()
     for endpoint in (constants.ENDPOINT, 'https://nowhere.invalid'):
         monkeypatch.setattr(constants, 'ENDPOINT', endpoint)
-        assert not hub_reachable()
+        assert not reachable()
     assert time.monotonic() - began < 5
     monkeypatch.setattr(urllib.request, 'getproxies', lambda: {'https': 'http://proxy:1'})
-    assert hub_reachable()
+    assert reachable()

@@ -265,16 +265,15 @@ def test_all_faults_are_named_at_once(flow_state, tmp_path):
                    'blocks.0.attn.proj.weight': torch.zeros(64, 63), 'pos_embed': flow_state['pos_embed'][:, :, :-1]}
     with pytest.raises(ValueError) as error:
         load_flowtok(write(flow_state, tmp_path / 'x.pth'), **heads)
-    for words in ('missing: final_layer.linear.bias', 'unexpected: blocks.9.attn.qkv.bias, module.extra',
-                  'blocks.0.attn.proj.weight (64, 63) instead of (64, 64)',
-                  'pos_embed (1, 77, 63) instead of (1, 77, 64)'):
-        assert words in str(error.value)
+    for key in ('final_layer.linear.bias', 'blocks.9.attn.qkv.bias', 'module.extra', 'blocks.0.attn.proj.weight',
+                '(64, 63)', '(64, 64)', 'pos_embed', '(1, 77, 63)', '(1, 77, 64)'):
+        assert key in str(error.value)
 
 
 def test_unexpected_and_misshapen_tensors_of_a_tokenizer(token_state, tmp_path):
     token_state |= {'quantize.codebook': torch.zeros(2), 'encoder.conv_out.weight': torch.zeros(32, 32)}
-    words = 'unexpected: quantize.codebook; misshapen: encoder.conv_out.weight (32, 32) instead of (32, 32, 1, 1)'
-    with pytest.raises(ValueError, match=re.escape(words)):
+    named = r'quantize\.codebook.*encoder\.conv_out\.weight.*\(32, 32\).*\(32, 32, 1, 1\)'
+    with pytest.raises(ValueError, match=named):
         load_tokenizer(write(token_state, tmp_path / 'x.bin'), **token_heads('flowtitok_nano128'))
 
 
@@ -431,10 +430,9 @@ def test_the_variant_reaches_the_released_files(released):
 
 @pytest.mark.parametrize('missing', ['FlowTok-XL.pth', 'FlowTiTok_512.bin', 'open_clip_model.safetensors', 'all'])
 def test_a_pipeline_without_its_files_names_the_three(released, hub, missing, monkeypatch):
-    import open_clip
-
-    def offline(*args): raise OSError('offline')
-    monkeypatch.setattr(open_clip, 'download_pretrained', offline)
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(released / 'cache'))
+    monkeypatch.setattr('flowtok.models.text.reachable', lambda: False)
     if missing != 'all':
         (released / missing).unlink()
     with pytest.raises(FileNotFoundError) as error:

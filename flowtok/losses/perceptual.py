@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['perceptual_files', 'perceptual_networks', 'Blur', 'PatchDiscriminator', 'freeze', 'Perceptual', 'LPIPS',
-           'ConvNeXtLogits', 'find_file', 'read_weights', 'load_lpips', 'load_convnext', 'find_perceptual',
-           'mean_over_processes', 'Adversary', 'TokenizerCritics']
+           'ConvNeXtLogits', 'find_file', 'download_file', 'read_weights', 'load_lpips', 'load_convnext',
+           'find_perceptual', 'mean_over_processes', 'Adversary', 'TokenizerCritics']
 
 # %% ../../nbs/losses/02_perceptual.ipynb #9f2c00f8
 import math
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from ..files import reachable
 from .objective import (TokenizerObjectiveConfig, gan_factor, hinge_discriminator_loss, hinge_generator_loss,
                                lecam_loss, moving_average, perceptual_loss)
 
@@ -153,7 +154,7 @@ class ConvNeXtLogits(Perceptual):
 # %% ../../nbs/losses/02_perceptual.ipynb #8ea60063
 perceptual_files = {                                # by name: the file, its size, where it comes from
     'vgg': ('vgg16-397923af.pth', '528 MB', 'https://download.pytorch.org/models/vgg16-397923af.pth'),
-    'lin': ('lpips_vgg.pth', '7 kB', 'weights/v0.1/vgg.pth in the package lpips; installing lpips will do'),
+    'lin': ('lpips_vgg.pth', '7 kB', "weights/v0.1/vgg.pth of the package lpips: pip install 'flowtok[perceptual]'"),
     'convnext': ('convnext_small-0c510722.pth', '192 MB',
                  'https://download.pytorch.org/models/convnext_small-0c510722.pth')}
 
@@ -173,6 +174,24 @@ def find_file(
     if package:
         places += [Path(place) / 'weights/v0.1/vgg.pth' for place in package.submodule_search_locations or ()]
     return next((place for place in places if place.is_file()), None)
+
+
+def download_file(
+    name: str,  # one of `perceptual_files`
+    folder: Path,  # gets it
+) -> Path | None:  # None where it has no address or its server does not answer
+    "Download a weight file by torchvision's weights API, its hash checked."
+    from torchvision.models import get_weight
+    weights = {'vgg': 'VGG16_Weights.IMAGENET1K_V1', 'convnext': 'ConvNeXt_Small_Weights.IMAGENET1K_V1'}.get(name)
+    file, _, url = perceptual_files[name]
+    if weights is None or not reachable(url):
+        return None
+    try:
+        get_weight(weights).get_state_dict(model_dir=str(folder), check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(f"{file} could not be downloaded from {url} ({error}): try again, or put it into "
+                                f"the folder {folder}.") from error
+    return Path(folder) / file
 
 # %% ../../nbs/losses/02_perceptual.ipynb #3954685e
 def read_weights(
@@ -225,13 +244,15 @@ def find_perceptual(
     vgg: str | Path | None = None,  # VGG16's file, None to look for it
     lin: str | Path | None = None,  # LPIPS's own file, None to look for it
     convnext: str | Path | None = None,  # ConvNeXt-S's file, None to look for it
+    download: bool = False,  # files that are missing, where that is possible
 ) -> tuple[dict[str, Perceptual], list[str]]:  # those whose files are there, by name; a sentence for each other
     "Perceptual networks whose weights are available, and sentences about the missing ones."
     folder = Path(folder or Path(torch.hub.get_dir()) / 'checkpoints')
     given, networks, sentences = {'vgg': vgg, 'lin': lin, 'convnext': convnext}, {}, []
     for name in expected:
         title, load, needs = perceptual_networks[name]
-        files = {need: find_file(need, folder, given[need]) for need in needs}
+        files = {need: find_file(need, folder, given[need]) or (download_file(need, folder) if download else None)
+                 for need in needs}
         missing = [perceptual_files[need] for need, file in files.items() if file is None]
         if not missing:
             networks[name] = load(**files)

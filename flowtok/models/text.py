@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import WORDS, FlowTokConfig, TextConfig, canonical, split_words
+from ..files import reachable
 from .layers import Block, DiagonalGaussian, check_finite, float32_default
 
 # %% ../../nbs/models/03_text.ipynb #f612847c
@@ -110,13 +111,16 @@ def find_clip(
 ) -> Path:  # a file here
     "Weight file of CLIP, downloaded if necessary."
     import open_clip
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
     path = Path(pretrained)
     if path.is_dir():
         path = next(filter(Path.is_file, (path / 'open_clip_model.safetensors', path / 'model.safetensors')), path)
     if pretrained == 'openai':
         try:
-            return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(clip_name, 'openai')))
-        except OSError as error:
+            repository = open_clip.get_pretrained_cfg(clip_name, 'openai')['hf_hub'].rstrip('/')
+            return Path(hf_hub_download(repository, 'open_clip_model.safetensors', local_files_only=not reachable()))
+        except (OSError, HfHubHTTPError) as error:
             raise FileNotFoundError(f"The weights 'openai' of CLIP {clip_name} (1.7 GB) could not be downloaded: "
                                     "connect once, or give the path of a file that holds them.") from error
     if not path.is_file():

@@ -182,7 +182,9 @@ class Critics:
         start: int = 0,  # its step
     ):
         r = run.recipe
-        networks, self.missing = find_perceptual(stage.objective.perceptual_networks if r.perceptual_weight else ())
+        with accelerator.local_main_process_first():                             # which downloads what is missing
+            needed = stage.objective.perceptual_networks if r.perceptual_weight else ()
+            networks, self.missing = find_perceptual(needed, download=r.require_perceptual)
         if self.missing and r.require_perceptual:
             raise FileNotFoundError(f"{' '.join(self.missing)} To train without, set require_perceptual=false.")
         self.of = TokenizerCritics(stage.objective, networks).to(accelerator.device)

@@ -113,15 +113,15 @@ def test_textures_have_four_periods(texture):
     assert np.allclose(pattern, np.roll(pattern, (16, 16), (0, 1))) and .2 < pattern.mean() < .55
 
 
-@pytest.mark.parametrize('call, sentence', [
-    (lambda: draw_scene(-1), 'seed must be an integer >= 0, got -1.'),
-    (lambda: draw_scene(1.5), 'seed must be an integer >= 0, got 1.5.'),
-    (lambda: draw_scene(0, 'val'), "Split 'val' is unknown: choose one of train, seen, held_out."),
-    (lambda: captions(draw_scene(0), 0, split='val'), "Split 'val' is unknown"),
-    (lambda: render(draw_scene(0), 8), 'size must be an integer >= 16, got 8.'),
+@pytest.mark.parametrize('call, named', [
+    (lambda: draw_scene(-1), 'seed.*-1'),
+    (lambda: draw_scene(1.5), 'seed.*1.5'),
+    (lambda: draw_scene(0, 'val'), 'val.*held_out'),
+    (lambda: captions(draw_scene(0), 0, split='val'), 'val'),
+    (lambda: render(draw_scene(0), 8), 'size.*16.*8'),
 ])
-def test_bad_input_is_named(call, sentence):
-    with pytest.raises(ValueError, match=sentence.split()[0]): call()
+def test_bad_input_is_named(call, named):
+    with pytest.raises(ValueError, match=named): call()
 
 
 # places
@@ -442,17 +442,17 @@ def test_other_contents_are_left_alone(tmp_path):
     assert (tmp_path / 'b' / '00000.tar').read_bytes() == b'photographs'
 
 
-@pytest.mark.parametrize('arguments, sentence', [
-    (dict(split='val', n=2), 'choose one of train, seen, held_out'),
-    (dict(split='train', n=0), 'n must be an integer >= 1, got 0'),
-    (dict(split='train', n=2.5), 'n must be an integer >= 1, got 2.5'),
-    (dict(split='train', n=2, size=4), 'size must be an integer >= 16, got 4'),
-    (dict(split='train', n=2, start=-1), 'seed must be an integer >= 0, got -1'),
-    (dict(split='train', n=2, samples_per_shard=0), 'samples_per_shard must be an integer >= 1, got 0'),
-    (dict(split='train', n=2, image_format='gif'), "'gif' is unknown: choose one of png, jpg"),
+@pytest.mark.parametrize('arguments, named', [
+    (dict(split='val', n=2), 'val.*held_out'),
+    (dict(split='train', n=0), 'n must.*0'),
+    (dict(split='train', n=2.5), 'n must.*2.5'),
+    (dict(split='train', n=2, size=4), 'size.*16.*4'),
+    (dict(split='train', n=2, start=-1), '-1'),
+    (dict(split='train', n=2, samples_per_shard=0), 'samples_per_shard.*0'),
+    (dict(split='train', n=2, image_format='gif'), 'gif.*png.*jpg'),
 ])
-def test_bad_sets_are_refused_before_a_folder_is_made(tmp_path, arguments, sentence):
-    with pytest.raises(ValueError, match=sentence.split()[0]): write_shards(tmp_path / 'new', **arguments)
+def test_bad_sets_are_refused_before_a_folder_is_made(tmp_path, arguments, named):
+    with pytest.raises(ValueError, match=named): write_shards(tmp_path / 'new', **arguments)
     assert not (tmp_path / 'new').exists()
 
 

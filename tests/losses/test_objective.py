@@ -234,15 +234,15 @@ def test_total_names_what_is_missing():
         total(terms, {'flow': 1., 'kl': 1.})
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (dict(time_sampling='cosine'), "time_sampling 'cosine' is unknown: choose one of logit_normal, uniform, mixture."),
-    (dict(source='sixth'), "source 'sixth' is unknown: choose one of kl, released_kl, variance_kl, fixed."),
-    (dict(align_loss='mse'), "align_loss 'mse' is unknown: choose one of contrastive, cosine."),
-    (dict(align_weight=float('nan')), 'align_weight must not be negative, got nan'),
-    (dict(indicator_probability=2), 'between 0 and 1, got 2'),
+@pytest.mark.parametrize('arguments, named', [
+    (dict(time_sampling='cosine'), 'time_sampling.*cosine.*logit_normal'),
+    (dict(source='sixth'), 'source.*sixth.*variance_kl'),
+    (dict(align_loss='mse'), 'align_loss.*mse.*contrastive'),
+    (dict(align_weight=float('nan')), 'align_weight.*nan'),
+    (dict(indicator_probability=2), 'indicator_probability.*2'),
 ])
-def test_bad_choices(arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_choices(arguments, named):
+    with pytest.raises(ValueError, match=named):
         replace(ObjectiveConfig(), **arguments)
 
 

@@ -364,6 +364,34 @@ def test_hub_folder_then_package_and_what_is_named_first_of_all(files, nowhere, 
     assert (named.weight4 < 1).all()
 
 
+def test_missing_files_are_downloaded_once(files, nowhere, monkeypatch):
+    "By torchvision's weights API, whose downloader checks the hash; LPIPS's own weights have no address."
+    import torchvision
+    (hub := nowhere / 'hub' / 'checkpoints').mkdir(parents=True)
+    os.link(files / 'lpips_vgg.pth', hub / 'lpips_vgg.pth')
+    requests = []
+    def download(url, model_dir, check_hash, **options):
+        requests.append((url.rpartition('/')[2], check_hash))
+        os.link(files / requests[-1][0], os.path.join(model_dir, requests[-1][0]))
+    monkeypatch.setattr(torchvision.models._api, 'load_state_dict_from_url', download)
+    for answers in (False, True):
+        monkeypatch.setattr('flowtok.losses.perceptual.reachable', lambda url: answers)
+        networks, sentences = find_perceptual(download=True)
+        assert len(networks) == 2 * answers and len(sentences) == 2 - 2 * answers
+    assert find_perceptual(download=True)[0].keys() == networks.keys()
+    assert sorted(requests) == [('convnext_small-0c510722.pth', True), ('vgg16-397923af.pth', True)]
+
+
+def test_a_failed_download_is_one_sentence(nowhere, monkeypatch):
+    import torchvision
+    monkeypatch.setattr('flowtok.losses.perceptual.reachable', lambda url: True)
+    for error in (OSError('no route'), RuntimeError('invalid hash value')):
+        def download(*arguments, **options): raise error
+        monkeypatch.setattr(torchvision.models._api, 'load_state_dict_from_url', download)
+        with pytest.raises(FileNotFoundError, match='vgg16-397923af.pth'):
+            find_perceptual(('lpips',), download=True)
+
+
 def test_broken_files_are_named(nowhere):
     path, wanted = nowhere / 'x.pth', {'a': torch.empty(2, device='meta')}
     with pytest.raises(FileNotFoundError, match=r'x\.pth'):

@@ -271,16 +271,16 @@ def test_tokens_of_the_flow():
 
 def test_refusals():
     model = small(anchored=True)
-    for images, words in ((torch.zeros(2, 3, 32, 32, dtype=torch.uint8), 'floating point'),
-                          (torch.rand(3, 32, 32), r'\(b, 3, h, w\)'), (torch.rand(2, 1, 32, 32), 'of shape'),
-                          (torch.rand(2, 3, 40, 32), 'multiples of 16'), (torch.rand(2, 3, 0, 32), 'multiples of 16')):
-        with pytest.raises(ValueError, match=words):
+    for images, named in ((torch.zeros(2, 3, 32, 32, dtype=torch.uint8), 'uint8'),
+                          (torch.rand(3, 32, 32), '3, 32, 32'), (torch.rand(2, 1, 32, 32), '2, 1, 32, 32'),
+                          (torch.rand(2, 3, 40, 32), '16.*40|40.*16'), (torch.rand(2, 3, 0, 32), '16')):
+        with pytest.raises(ValueError, match=named):
             model.encode(images)
-    for tokens, text, size, words in ((torch.rand(2, 6, 4), None, None, r'\(b, 4, 6\)'),
-                                      (torch.rand(2, 4, 6), torch.rand(1, 5, 12), None, '2 rows of tokens'),
-                                      (torch.rand(2, 4, 6), torch.rand(2, 4, 12), None, r'\(b, 5, 12\)'),
-                                      (torch.rand(2, 4, 6), None, (30, 32), 'multiples of 8')):
-        with pytest.raises(ValueError, match=words):
+    for tokens, text, size, named in ((torch.rand(2, 6, 4), None, None, '2, 6, 4'),
+                                      (torch.rand(2, 4, 6), torch.rand(1, 5, 12), None, '1.*2|2.*1'),
+                                      (torch.rand(2, 4, 6), torch.rand(2, 4, 12), None, '2, 4, 12'),
+                                      (torch.rand(2, 4, 6), None, (30, 32), '30')):
+        with pytest.raises(ValueError, match=named):
             model.decode(tokens, text, size)
     with pytest.raises(ValueError, match='4'):
         small(positions='learned').encode(torch.rand(1, 3, 64, 64))
