@@ -12,6 +12,7 @@ import sys
 from concurrent.futures import BrokenExecutor
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Annotated, Literal, get_type_hints
 
 import tyro
@@ -261,7 +262,7 @@ def main(argv: list[str] | None = None):
     command = tyro.cli(OmitSubcommandPrefixes[COMMANDS], prog='flowtok', args=argv, description='FlowTok: text to image and image to text.')
     try:
         command.run()
-    except (ValueError, OSError, RuntimeError, BrokenExecutor) as error:
+    except (ValueError, OSError, RuntimeError, BrokenExecutor, CalledProcessError) as error:  # RecursionError is a RuntimeError
         sys.exit(str(error))
 
 

@@ -63,6 +63,14 @@ class FlowTokPipeline(nn.Module):
         parts = ', '.join(self.parts) or 'no weights'
         return f'FlowTokPipeline({self.config.name!r}: {parts}; {self.dtype} on {self.device})'.replace('torch.', '')
 
+    def guidance(self, stage: str, scale: float | None, default: float) -> float:
+        "Guidance scale of a flow; ValueError where its training had no null samples."
+        if stage in self.config.guided:
+            return default if scale is None else scale
+        if scale not in (None, 1):
+            raise ValueError(f"guidance_scale must be 1, got {scale!r}: {stage} was trained without null samples (indicator_probability 0).")
+        return 1.
+
     def require_weights(self, *stages: str):
         "Raise RuntimeError where the weights of a stage are missing."
         missing = [stage for stage in stages if stage not in self.parts]
@@ -282,7 +290,7 @@ def stream(
     self.require_weights('tokenizer', 'text-to-image')
     default = self.config.sampling
     settings = dict(num_inference_steps=default.steps if num_inference_steps is None else num_inference_steps,
-                    guidance_scale=default.guidance if guidance_scale is None else guidance_scale,
+                    guidance_scale=self.guidance('text-to-image', guidance_scale, default.guidance),
                     guidance_interval=default.guidance_interval if guidance_interval is None else guidance_interval,
                     schedule=default.schedule, solver=solver, times=times)
     temperature = check_number('temperature', default.temperature if temperature is None else temperature, 0, 2)
@@ -450,7 +458,7 @@ def caption(
     batch_size = check_integer('batch_size', batch_size)
     captions, default, rows = [], self.config.sampling, 0
     settings = dict(num_inference_steps=default.caption_steps if num_inference_steps is None else num_inference_steps,
-                    guidance_scale=default.caption_guidance if guidance_scale is None else guidance_scale,
+                    guidance_scale=self.guidance('image-to-text', guidance_scale, default.caption_guidance),
                     guidance_interval=guidance_interval, schedule=default.schedule, solver=solver, times=times)
     for batch in self.prepare_images(images).split(batch_size):
         n, rows = len(batch), max(rows, len(batch)) if self.compiled else 0

@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
+from ..config import parse_json
 from ..files import is_inside, lock_folder, data_identity, write_atomically
 from .shapes import ENCODINGS, claim_folder, whole_number, write_shard
 
@@ -46,11 +47,9 @@ class ImageEntry(NamedTuple):
 def read_json(path: str | Path) -> object:
     "Read a JSON file; ValueError where it cannot be read."
     try:
-        return json.loads(Path(path).read_text(encoding='utf-8'))
+        return parse_json(Path(path).read_bytes(), f'File {path}')
     except OSError as error:
         raise OSError(f"File {path} cannot be read: {error.strerror or error}.") from None
-    except ValueError as error:
-        raise ValueError(f"File {path} is not JSON: {error}.") from None
 
 
 def image_folder(path: str | Path) -> Path:
@@ -104,11 +103,12 @@ def folder_entries(
     folder: str | Path,  # searched with its subfolders
 ) -> list[ImageEntry]:  # in the order of their names
     "List the images of a folder that have a .txt caption."
-    names = []
-    for root, folders, files in os.walk(image_folder(folder)):
+    names, links = [], []
+    for root, folders, files in os.walk(image_folder(folder)):                   # does not follow links
         folders[:] = [name for name in folders if not name.startswith('.')]
+        links += [Path(root, name).relative_to(folder) for name in folders if Path(root, name).is_symlink()]
         names += [Path(root, name).relative_to(folder) for name in files if not name.startswith('.')]
-    entries = sorted(name.as_posix() for name in names if name.suffix.lower() in IMAGE_ENDINGS)
+    entries = sorted([name.as_posix() for name in names if name.suffix.lower() in IMAGE_ENDINGS] + [link.as_posix() for link in links])
     if not entries:
         raise ValueError(f"Folder {folder} holds no images: their names end in {', '.join(IMAGE_ENDINGS)}.")
     texts = {name.with_suffix('') for name in names if name.suffix == '.txt'}
@@ -144,12 +144,11 @@ def read_rows(
             if TABLES[ending]:
                 rows.extend(csv.DictReader(stream, delimiter=TABLES[ending]))
             else:
-                rows.extend(json.loads(line) for line in stream if line.strip())
+                rows.extend(parse_json(line, 'The line') for line in stream if line.strip())
     except OSError as error:
         raise OSError(f"Table {path} cannot be read: {error.strerror or error}.") from None
     except (ValueError, csv.Error) as error:
-        what = getattr(error, 'msg', error)         # JSON's own line number is always 1
-        raise ValueError(f"Table {path} cannot be read after row {len(rows)}: {what}.") from None
+        raise ValueError(f"Table {path} cannot be read after row {len(rows)}: {str(error).rstrip('.')}.") from None
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"Table {path} must hold at least one row with columns, a .jsonl one JSON object a line.")
     return rows
@@ -254,6 +253,8 @@ def make_sample(
     try:
         if not is_inside(entry.file) or not re.fullmatch(r'[\w-]+', entry.key, re.ASCII):
             raise Dropped('unsafe name')
+        if os.path.islink(path) and os.path.isdir(path):
+            raise Dropped('linked folder')
         if not os.path.isfile(path):
             raise Dropped('missing image')
         captions = read_captions(entry, path)

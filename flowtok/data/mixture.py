@@ -8,7 +8,6 @@ __all__ = ['resolution', 'watermark', 'paper_sources', 'Source', 'find_sources',
            'CaptionReader', 'TokenReader', 'use_sample']
 
 # %% ../../nbs/data/04_mixture.ipynb #5d2329fa
-import json
 import math
 import os
 import re
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import build
+from ..config import build, parse_json
 from ..files import file_digest, is_inside
 from .images import (IMAGE_FILES, MAX_PIXELS, Skip, captions_of, decode_image, metadata_of, find_shards, image_bytes,
                           is_remote, open_image, read_moments, read_shard)
@@ -76,10 +75,7 @@ def find_sources(
         return [Source(name)]
     if not os.path.exists(name):
         raise FileNotFoundError(f"There is no list of sources {name}.")
-    try:
-        held = json.loads(Path(name).read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise ValueError(f"The list of sources {name} is not JSON: {error}.") from None
+    held = parse_json(Path(name).read_bytes(), f'The list of sources {name}')
     return list_sources(held.get('sources') if isinstance(held, dict) else held, name, confined=name == cache)
 
 # %% ../../nbs/data/04_mixture.ipynb #a30791f6

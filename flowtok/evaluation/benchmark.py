@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MJHQ_CATEGORIES', 'save_scene', 'make_coco', 'make_mjhq', 'draw_captions', 'read_images', 'Generated',
-           'generate_images', 'fid_scores', 'group_of', 'method_name', 'summary']
+           'generate_images', 'image_preparation', 'fid_scores', 'group_of', 'method_name', 'summary']
 
 # %% ../../nbs/evaluation/04_benchmark.ipynb #2adc5f40
 import json
@@ -140,6 +140,21 @@ def generate_images(
                      torch.cat(first)[:16], seconds)
 
 # %% ../../nbs/evaluation/04_benchmark.ipynb #e93f0e94
+def image_preparation(
+    files: list[Path],  # reference images
+    size: int = 0,  # as for `read_images`
+) -> str:
+    "Format of the image files, crop and size; ValueError where formats are mixed, since compression changes FID."
+    from PIL import Image
+    formats = {}
+    for file in files:
+        with Image.open(file) as image:
+            formats.setdefault(image.format, file)
+    if len(formats) > 1:
+        raise ValueError(f"The reference images are of several formats, {', '.join(f'{kind} ({file})' for kind, file in formats.items())}: use one.")
+    return f"{next(iter(formats), 'no images')}, {f'centre crop, {size} pixels' if size else 'whole'}"
+
+
 def fid_scores(
     made: Generated,
     extractors: dict[str, Extractor],
@@ -150,13 +165,13 @@ def fid_scores(
     size: int = 0,  # as for `read_images`
     bootstraps: int = 20,  # draws for the interval; 0 for none
     progress: Callable = iter,
-) -> dict[str, dict]:  # way to resize -> fid, low, high, interval (what was drawn for it), n (generated), reference (images)
+) -> dict[str, dict]:  # way to resize -> fid, low, high, interval (what was drawn for it), n (generated), reference (images), preparation (of the reference; generated pixels are never encoded)
     "FID with either resizing."
-    results = {}
+    results, preparation = {}, image_preparation(files, size)
     for resize, extractor in extractors.items():
-        reference = reference_statistics(cache, name, extractor, lambda: read_images(progress(files), size))
+        reference = reference_statistics(cache, name, extractor, lambda: read_images(progress(files), size), preparation)
         rows = made.rows[resize]
-        results[resize] = fid_interval(rows, reference, bootstraps) | {'n': len(rows), 'reference': reference.n}
+        results[resize] = fid_interval(rows, reference, bootstraps) | {'n': len(rows), 'reference': reference.n, 'preparation': preparation}
     return results
 
 

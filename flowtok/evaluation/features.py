@@ -11,7 +11,7 @@ __all__ = ['RESIZES', 'INCEPTION_FILE', 'INCEPTION_SHA256', 'INCEPTION_CURE', 'M
 # %% ../../nbs/evaluation/02_features.ipynb #1552597c
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -129,6 +129,7 @@ class Reference:
     n: int  # images
     rows: np.ndarray | None = None  # features of at most MOST_ROWS of them, (m, d); None where the statistics are all there is
     kept: bool = False  # whether it was read from a file
+    preparation: str = ''  # format of the image files, crop and size
 
 
 def reference_of(
@@ -145,7 +146,8 @@ def read_reference(file: Path) -> Reference:
     from zipfile import BadZipFile
     try:
         with np.load(file) as saved:
-            reference = Reference(saved['mean'], saved['cov'], int(saved['n']), saved['rows'] if 'rows' in saved else None, True)
+            reference = Reference(saved['mean'], saved['cov'], int(saved['n']), saved['rows'] if 'rows' in saved else None, True,
+                                  str(saved['preparation']) if 'preparation' in saved else '')
         frechet_distance(reference.mean, reference.cov, reference.mean, reference.cov)           # sizes, finite, symmetric
         if reference.n < 2 or reference.rows is not None and not np.isfinite(reference.rows).all():
             raise ValueError("too few images, or features that are not finite.")
@@ -159,15 +161,19 @@ def reference_statistics(
     name: str,  # of the reference images: their hash and size
     extractor: Extractor,
     batches: Callable[[], Iterable[Tensor]],  # called only where nothing is kept: (b, 3, h, w) in [0, 1] each
+    preparation: str = '',  # of these images; a file of another one is refused
 ) -> Reference:
     "Reference statistics, cached in a file."
     file = Path(cache) / f'{name}-{extractor.name}-{extractor.resize}.npz'
     if file.exists():
-        return read_reference(file)
-    reference = reference_of(np.concatenate([extractor(images) for images in batches()]))
+        reference = read_reference(file)
+        if reference.preparation != preparation:
+            raise ValueError(f"{file} holds statistics of images prepared as {reference.preparation or 'unknown'!r}, not {preparation!r}: delete it to compute them again.")
+        return reference
+    reference = replace(reference_of(np.concatenate([extractor(images) for images in batches()])), preparation=preparation)
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as part, part.open('wb') as stream:
-        np.savez(stream, mean=reference.mean, cov=reference.cov, n=reference.n, rows=reference.rows)
+        np.savez(stream, mean=reference.mean, cov=reference.cov, n=reference.n, rows=reference.rows, preparation=preparation)
     return reference
 
 # %% ../../nbs/evaluation/02_features.ipynb #968c31f9

@@ -255,7 +255,9 @@ def tokenize_captions(
     jar = Path(ptbtokenizer.__file__).parent / ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
     command = ['java', '-cp', str(jar), 'edu.stanford.nlp.process.PTBTokenizer',
                '-preserveLines', '-lowerCase', '-encoding', 'utf-8']
-    run = subprocess.run(command, input='\n'.join(lines) + '\n', capture_output=True, encoding='utf-8', check=True)
+    run = subprocess.run(command, input='\n'.join(lines) + '\n', capture_output=True, encoding='utf-8')
+    if run.returncode:
+        raise OSError(f"Java's tokenizer of captions failed with exit code {run.returncode}: {(run.stderr.strip() or 'no message').splitlines()[-1]}")
     if run.stdout.count('\n') != len(lines):
         raise ValueError(f"The tokenizer made {run.stdout.count(chr(10))} lines of {len(lines)} captions.")
     drop = set(ptbtokenizer.PUNCTUATIONS)

@@ -227,6 +227,8 @@ def text_encoder(
     pretrained: str | Path | None = None,  # of CLIP: 'openai', a file, or None for random weights
 ) -> nn.Module:  # with tokenize(texts), decode_ids(ids) and forward(ids)
     "Build the frozen text encoder of a config."
+    if pretrained is not None and config.encoder != 'clip':
+        raise ValueError(f"clip = {str(pretrained)!r} is given, and the text encoder of this model is {config.encoder!r}, which has no such weights: leave clip out.")
     return ClipTextEncoder(config, pretrained) if config.encoder == 'clip' else WordTextEncoder(config)
 
 # %% ../../nbs/models/03_text.ipynb #d9b730e7

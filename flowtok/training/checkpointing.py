@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STOP_SIGNALS', 'MAX_SOURCE_SNR', 'save_state', 'checkpoints', 'newest_state', 'set_aside', 'all_gather_object',
-           'training_state', 'restore', 'save_checkpoint', 'run_identity', 'check_identity', 'check_folder', 'Stopped',
-           'GracefulStop', 'Log', 'loggable_values', 'source_warning', 'make_sheet', 'show_progress', 'progress_line']
+           'training_state', 'restore', 'save_checkpoint', 'run_identity', 'check_identity', 'merge_config',
+           'check_folder', 'Stopped', 'GracefulStop', 'Log', 'loggable_values', 'source_warning', 'make_sheet',
+           'show_progress', 'progress_line']
 
 # %% ../../nbs/training/03_checkpointing.ipynb #15de61ee
 import hashlib
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config import SamplingConfig, SourceConfig, from_json, stages
+from ..config import FlowTokConfig, SamplingConfig, SourceConfig, from_json, stages
 from ..data.mixture import describe_sources, find_sources
 from ..files import atomic_path, file_digest, write_atomically
 from ..data.images import to_pixels
@@ -148,11 +149,22 @@ def check_identity(
     return changed
 
 
+def merge_config(run: Run) -> FlowTokConfig:
+    "Config of the folder after a run: what belongs to the flows of other stages stays as their training left it."
+    config, path = run.config, Path(run.out) / 'config.json'
+    others = [stage for stage in stages if stage != run.stage and weights_file(run.out, stage).exists()]
+    if not (others and path.exists()):
+        return config
+    held = from_json(path.read_text())
+    guided = tuple(stage for stage in stages[2:] if stage in (held if stage in others else config).guided)
+    return replace(config, guided=guided, source=held.source if 'text-to-image' in others else config.source)
+
+
 def check_folder(run: Run):
     "Raise ValueError where the folder holds finished weights of other sizes: one folder is one pipeline."
     path, others = Path(run.out) / 'config.json', [stage for stage in stages if stage != run.stage and weights_file(run.out, stage).exists()]
     if others and path.exists():
-        held, own = (asdict(replace(config, name='', source=SourceConfig(), sampling=SamplingConfig()))
+        held, own = (asdict(replace(config, name='', source=SourceConfig(), sampling=SamplingConfig(), guided=()))
                      for config in (from_json(path.read_text()), run.config))
         different = [name for name in own if held[name] != own[name]]
         if different:

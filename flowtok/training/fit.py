@@ -32,7 +32,7 @@ from ..data.token_cache import check_cache, holds_tokens, write_token_cache
 from ..config import from_json, stages, to_json
 from ..files import lock_folder, write_atomically
 from ..data.images import to_images
-from .checkpointing import (Log, GracefulStop, Stopped, all_gather_object, check_folder, check_identity, checkpoints, newest_state, progress_line, restore, run_identity,
+from .checkpointing import (Log, GracefulStop, Stopped, all_gather_object, check_folder, check_identity, checkpoints, merge_config, newest_state, progress_line, restore, run_identity,
                              save_checkpoint, set_aside, show_progress, source_warning, loggable_values, training_state)
 from ..models.fast import align_swiglu
 from ..models.flowtok import load_weights, save_weights
@@ -121,7 +121,7 @@ def finish(run: Run, stage: Stage, ema: Ema, device: torch.device):
         if run.stage == 'tokenizer' and run.recipe.whiten:
             fresh = Batches(run, stage, device, batch_size=16)
             stage.trained.measure_tokens(torch.cat([stage.trained.encode(next(fresh)[0]).mean for _ in range(125)]))
-        write_atomically(Path(run.out) / 'config.json', to_json(run.config) + '\n')
+        write_atomically(Path(run.out) / 'config.json', to_json(merge_config(run)) + '\n')
         save_weights(stage.trained, run.weights, stage=run.stage)
     for path in checkpoints(run):
         path.unlink()

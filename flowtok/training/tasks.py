@@ -139,7 +139,8 @@ def plan(
     changes = parse_changes(changes) if isinstance(changes, str) else changes
     usual = replace(recipe(config.name, stage, phase), **changes)
     source = (usual if stage == 'text-to-image' else recipe(config.name, 'text-to-image', phase)).source_config
-    config = replace(config, source=source)
+    unguided = stage in stages[2:] and usual.indicator_probability == 0
+    config = replace(config, source=source, guided=tuple(flow for flow in stages[2:] if not (unguided and flow == stage)))
     factor = longer if stage == 'text-to-image' else longer**.5
     steps = steps or (4 if smoke else max(1, round(usual.steps * factor)))
     usual = replace(usual, steps=steps, batch_size=batch_size or (16 if smoke else usual.batch_size))
@@ -295,8 +296,9 @@ def pictures(self: FlowStage, moments: Tensor, ids: Tensor) -> Tensor | None:  #
     if not self.from_text:
         return None
     start, settings = self.trained.project(self.features(ids)), self.run.config.sampling
+    guidance = settings.guidance if self.run.stage in self.run.config.guided else 1.
     z = start.mean + settings.temperature * start.std * torch.randn_like(start.mean)
-    z = sample(self.trained.velocity, z, num_inference_steps=settings.steps, guidance_scale=settings.guidance,
+    z = sample(self.trained.velocity, z, num_inference_steps=settings.steps, guidance_scale=guidance,
                guidance_interval=settings.guidance_interval)
     return self.tokenizer.decode(self.tokenizer.from_flow(z))
 
@@ -306,9 +308,9 @@ def captions(self: FlowStage, moments: Tensor, ids: Tensor) -> list[str] | None:
     "Sample captions with the default settings."
     if self.from_text:
         return None
-    settings = self.run.config.sampling
+    settings, guided = self.run.config.sampling, self.run.stage in self.run.config.guided
     z = sample(self.trained.velocity, self.image_tokens(moments, ShardedRandom()), num_inference_steps=settings.caption_steps,
-               guidance_scale=settings.caption_guidance)
+               guidance_scale=settings.caption_guidance if guided else 1.)
     return self.text_encoder.decode_ids(self.text.decoder(z).argmax(-1))
 
 # %% ../../nbs/training/01_tasks.ipynb #d9aa05ee

@@ -53,20 +53,20 @@ def test_each_missing_field_is_named(run, field):
         results.check_record(values)
 
 
-@pytest.mark.parametrize('path, value, words', [
-    (('conditions', 'reduced'), 'yes', "'reduced' of 'conditions' of the record is 'yes', which is not of type bool"),
-    (('metrics', 'loss'), float('inf'), "'loss' of 'metrics' of the record is inf"),
-    (('metrics', 'all'), [{'low': float('nan')}], "'low' of 0 of 'all' of 'metrics' of the record is nan"),
-    (('data',), [], 'not of type dict'), (('extra',), 1, "unknown field 'extra'")])
-def test_each_wrong_field_is_named(run, path, value, words):
+@pytest.mark.parametrize('path, value, named', [
+    (('conditions', 'reduced'), 'yes', 'reduced.*yes.*bool'),
+    (('metrics', 'loss'), float('inf'), 'loss.*inf'),
+    (('metrics', 'all'), [{'low': float('nan')}], 'low.*all.*nan'),
+    (('metrics', 'fid'), -.5, 'fid.*-0.5'), (('metrics', 'rows'), [{'training seconds': -3}], 'seconds.*-3'),
+    (('metrics', 'FID, low'), -1e-9, 'FID, low'), (('data',), [], 'data.*dict'), (('extra',), 1, 'extra')])
+def test_each_wrong_field_is_named(run, path, value, named):
     values = json.loads(json.dumps(asdict(run)))
     part = values
     for name in path[:-1]:
         part = part[name]
     part[path[-1]] = value
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=named):
         results.check_record(values)
-    assert words in str(error.value)
 
 
 def test_a_wrong_record_replaces_nothing(run, tmp_path):

@@ -253,6 +253,22 @@ def test_two_processes_compute_what_one_does(shards, tmp_path):
     assert moved > 5e-4 and apart < 1e-5, (moved, apart)
 
 
+def test_two_processes_follow_one_through_the_small_model_s_own_recipe(shards, tmp_path):
+    "Muon, 30 steps: each update is orthogonalised, so rounding grows; what is promised is 2e-3 of what the weights have moved."
+    ends = []
+    for processes in (1, 2):
+        run = short('text', shards, tmp_path / str(processes), steps=30, warmup=5, ema=0., matrix_learning_rate=5e-3, batch_size=16)
+        assert run.recipe.optimizer == 'muon'
+        list(launch(run, processes))
+        ends.append(load_file(run.weights))
+    torch.manual_seed(run.seed)
+    first = dict(engine.stage_classes['text'](run).trained.named_parameters())
+    names = [name for name in ends[0] if name in first]
+    moved = sum((ends[0][name] - first[name].detach()).square().sum() for name in names)**.5
+    apart = sum((ends[0][name] - ends[1][name]).square().sum() for name in names)**.5
+    assert moved > 1 and apart < 2e-3 * moved, (moved, apart)
+
+
 class Line(nn.Module):
     "A stage that fits a line, without randomness."
     def __init__(self, parts):

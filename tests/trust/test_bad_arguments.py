@@ -1,12 +1,20 @@
 "Every public entry takes the numbers of other libraries, and answers all else with one ValueError before work starts."
 import math
+import os
+from dataclasses import replace
+from subprocess import CalledProcessError
 
 import numpy as np
 import pytest
 import torch
 
+from flowtok import cli
+from flowtok.config import from_json
+from flowtok.data.convert import read_json, read_rows
+from flowtok.data.mixture import find_sources
+from flowtok.experiments.records import read_record
 from flowtok.evaluation.features import Reference, fid_interval, read_reference, reference_statistics
-from flowtok.evaluation.metrics import frechet_distance, gaussian_statistics
+from flowtok.evaluation.metrics import frechet_distance, gaussian_statistics, tokenize_captions
 from flowtok.flow.solver import sample
 from flowtok.models.flowtok import save_weights
 from flowtok.pipeline import FlowTokPipeline
@@ -98,6 +106,8 @@ def test_kept_statistics_are_checked(tmp_path):
     made = reference_statistics(tmp_path, 'set', type('E', (), {'name': 'x', 'resize': 'y', '__call__': lambda self, images: rows})(), lambda: [None])
     file, = tmp_path.glob('*.npz')
     assert np.array_equal(reference_statistics(tmp_path, 'set', extractor, lambda: []).mean, made.mean)
+    with pytest.raises(ValueError, match='JPEG'):
+        reference_statistics(tmp_path, 'set', extractor, lambda: [], 'JPEG, whole')
     whole = file.read_bytes()
     for content in (whole[:300], b'', b'PK nothing'):
         file.write_bytes(content)
@@ -165,3 +175,54 @@ def test_an_inception_that_is_another_file_is_never_unpickled(tmp_path):
     torch.save({'a': 1}, tmp_path / 'weights.pth')
     with pytest.raises(ValueError):
         load_inception(tmp_path / 'weights.pth')
+
+
+def test_guidance_needs_a_flow_that_trained_the_null_condition(pipe):
+    unguided = FlowTokPipeline(replace(pipe.config, guided=('image-to-text',)), **{stage.replace('-', '_'): part for stage, part in pipe.parts.items()})
+    how = dict(num_inference_steps=2, output_type='pt')
+    for scale in (2., 0, 1.5):
+        with pytest.raises(ValueError, match='guidance_scale'):
+            unguided('a blue star', guidance_scale=scale, **how)
+    a, b, c = (made('a blue star', generator=torch.Generator().manual_seed(0), **how, **given)
+               for made, given in ((unguided, {}), (unguided, {'guidance_scale': 1}), (pipe, {'guidance_scale': 1})))
+    assert torch.equal(a, b) and torch.equal(a, c)
+    assert unguided.caption(b, guidance_scale=2.) == pipe.caption(b, guidance_scale=2.)
+    assert plan('text-to-image', changes='indicator_probability=0').config.guided == ('image-to-text',)
+    assert plan('text', changes='indicator_probability=0').config.guided == pipe.config.guided == plan('image-to-text').config.guided
+    with pytest.raises(ValueError, match='text'):
+        replace(pipe.config, guided=('text',))
+
+
+def test_weights_of_clip_are_refused_where_there_is_no_clip():
+    for clip in ('openai', 'nowhere.pt'):
+        with pytest.raises(ValueError, match='clip.*words'):
+            FlowTokPipeline.from_pretrained(clip=clip)
+
+
+def test_json_that_is_nested_too_deeply_is_a_value_error(tmp_path):
+    deep = '[' * 100_000
+    for name in ('cache.json', 'result.json', 'rows.jsonl'):
+        (tmp_path / name).write_text(deep)
+    for read in (lambda: from_json(deep), lambda: find_sources(tmp_path / 'cache.json'), lambda: read_record(tmp_path), lambda: read_json(tmp_path / 'cache.json'),
+                 lambda: read_rows(tmp_path / 'rows.jsonl')):
+        with pytest.raises(ValueError):
+            read()
+
+
+@pytest.mark.parametrize('error', [RecursionError('too deep'), CalledProcessError(1, ['java'])])
+def test_errors_of_programs_and_of_recursion_end_a_command_with_a_sentence(error, monkeypatch):
+    def fail(self): raise error
+    monkeypatch.setattr(cli.Tables, 'run', fail)
+    with pytest.raises(SystemExit) as end:
+        cli.main(['tables'])
+    assert end.value.code not in (0, None)
+
+
+def test_a_broken_java_is_named(tmp_path, monkeypatch):
+    pytest.importorskip('pycocoevalcap')
+    java = tmp_path / 'java'
+    java.write_text('#!/bin/sh\necho no class >&2\nexit 3\n')
+    java.chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(OSError, match='3.*no class'):
+        tokenize_captions(['a star'])

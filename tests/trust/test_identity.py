@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowtok.config import preset
+from flowtok.config import preset, to_json
 from flowtok.data.images import read_samples
 from flowtok.data.mixture import find_sources
 from flowtok.data.shapes import write_shards
 from flowtok.data.token_cache import write_token_cache
 from flowtok.files import file_digest
-from flowtok.training.checkpointing import Stopped, checkpoints, newest_state, run_identity, save_checkpoint
+from flowtok.training.checkpointing import Stopped, checkpoints, merge_config, newest_state, run_identity, save_checkpoint
 from flowtok.training.fit import train
 from flowtok.training.tasks import plan
 
@@ -166,6 +166,17 @@ def test_another_scale_is_not_trained_into_a_folder_with_weights(again):
     with pytest.raises(ValueError):
         train(other)
     assert (again.folder.parent / 'config.json').read_bytes() == config and again.weights.read_bytes() == weights
+
+
+def test_a_later_stage_leaves_what_the_flow_s_training_wrote_into_the_config(tmp_path):
+    "The source and the null condition belong to the run of their flow, whatever the recipe of a later stage says."
+    first = plan('text-to-image', out=str(tmp_path), changes='source=kl source_std=0 mean_scale=0 indicator_probability=0')
+    first.weights.write_bytes(b'')
+    (tmp_path / 'config.json').write_text(to_json(merge_config(first)))
+    later = merge_config(plan('image-to-text', out=str(tmp_path)))
+    assert later.source.kind == 'kl' and later.guided == ('image-to-text',)
+    again = merge_config(plan('text-to-image', out=str(tmp_path)))
+    assert again.source.kind == 'fixed' and again.guided == ('text-to-image', 'image-to-text')
 
 
 def test_weights_that_are_no_numbers_are_refused(tmp_path):

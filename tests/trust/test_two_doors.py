@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from flowtok.data.convert import convert_images, folder_entries, is_done, stats_path
+from flowtok.evaluation.benchmark import image_preparation
 from flowtok.data.images import decode_image, read_samples
 from flowtok.files import lock_folder
 from flowtok.pipeline import FlowTokPipeline, read_image
@@ -72,3 +73,21 @@ def test_two_converters_do_not_share_a_folder(tmp_path):
     assert not list((tmp_path / 'out').glob('*.tar'))
     convert_images('mine', entries, tmp_path / 'images', tmp_path / 'out')
     shutil.rmtree(tmp_path / 'out')
+
+
+def test_linked_folders_are_counted_and_not_followed(tmp_path):
+    folder_of_images(tmp_path / 'elsewhere')
+    folder_of_images(tmp_path / 'images')
+    (tmp_path / 'images' / 'more').symlink_to(tmp_path / 'elsewhere')
+    (tmp_path / 'images' / 'loop').symlink_to(tmp_path / 'images')
+    source = convert_images('mine', folder_entries(tmp_path / 'images'), tmp_path / 'images', tmp_path / 'out')
+    assert source['counts'] == {'kept': 6, 'linked folder': 2}
+
+
+def test_reference_images_of_two_formats_are_refused(tmp_path):
+    files = [tmp_path / name for name in ('a.jpg', 'b.jpg', 'c.png')]
+    for file in files:
+        Image.new('RGB', (32, 32)).save(file)
+    assert image_preparation(files[:2], 16) == 'JPEG, centre crop, 16 pixels' and image_preparation(files[2:]) == 'PNG, whole'
+    with pytest.raises(ValueError, match='JPEG.*PNG'):
+        image_preparation(files, 16)
