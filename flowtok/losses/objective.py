@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['kl_losses', 'align_targets', 'align_losses', 'flow_matching_loss', 'kl_loss', 'released_kl_loss', 'variance_kl_loss',
-           'pool_target', 'alignment_loss', 'direction_loss', 'source_levels', 'ObjectiveConfig', 'flow_terms',
-           'text_to_image_terms', 'image_to_text_terms', 'total', 'loss_by_time_bin', 'edge_map', 'reconstruction_loss',
-           'hinge_discriminator_loss', 'hinge_generator_loss', 'lecam_loss', 'moving_average', 'gan_factor',
-           'perceptual_loss', 'TokenizerObjectiveConfig', 'tokenizer_terms', 'caption_cross_entropy']
+           'pool_target', 'alignment_loss', 'direction_loss', 'source_levels', 'token_snr', 'ObjectiveConfig',
+           'flow_terms', 'text_to_image_terms', 'image_to_text_terms', 'total', 'loss_by_time_bin', 'edge_map',
+           'reconstruction_loss', 'hinge_discriminator_loss', 'hinge_generator_loss', 'lecam_loss', 'moving_average',
+           'gan_factor', 'perceptual_loss', 'TokenizerObjectiveConfig', 'tokenizer_terms', 'caption_cross_entropy']
 
 # %% ../../nbs/losses/01_objective.ipynb #0d7c446c
 from collections.abc import Callable
@@ -114,6 +114,14 @@ def source_levels(
     signal, noise = source.mean.float().square().mean(), source.logvar.float().exp().mean()
     return {'source_snr': (signal / noise).sqrt(), 'source_share': noise / (signal + noise)}
 
+
+def token_snr(
+    posterior,  # Gaussian over (b, k, d), with mean and logvar
+) -> Tensor:  # ()
+    "Signal-to-noise ratio of image tokens: how far means differ between images, in standard deviations of their noise."
+    mean, noise = posterior.mean.float(), posterior.logvar.float().exp()
+    return (mean.var(0, correction=0).mean() / noise.mean()).sqrt()
+
 # %% ../../nbs/losses/01_objective.ipynb #b93904da
 @dataclass(frozen=True)
 class ObjectiveConfig:
@@ -190,6 +198,7 @@ def text_to_image_terms(
     z = posterior.sample(generator)                                              # (b, n, d)
     terms = flow_terms(model, z, image_tokens, objective=objective, generator=generator)
     terms |= source_levels(posterior)
+    terms['source_cosine'] = F.cosine_similarity(posterior.mean.flatten(1), image_tokens.flatten(1)).mean().detach()
     if objective.weights['kl']:
         terms['kl'] = kl_losses[objective.source](posterior.mean, posterior.logvar)
     if objective.direction_weight:
@@ -345,11 +354,11 @@ def tokenizer_terms(
     objective: TokenizerObjectiveConfig = TokenizerObjectiveConfig(),  # the choices above
     generator: torch.Generator | None = None,  # source of randomness
     keep_decoded: bool = False,  # hand out what was drawn, too, for critics to look at
-) -> dict[str, Tensor]:  # reconstruction (), kl () where its weight is not 0, decoded (b, 3, h, w) where it is kept
+) -> dict[str, Tensor]:  # reconstruction (), token_snr () for the log, kl () where its weight is not 0, decoded (b, 3, h, w) where it is kept
     "Losses of the tokenizer."
     posterior = tokenizer.encode(images)
     decoded = tokenizer.decode(posterior.sample(generator), text_features)
-    terms = {'reconstruction': reconstruction_loss(decoded, images, objective.edge_weight)}
+    terms = {'reconstruction': reconstruction_loss(decoded, images, objective.edge_weight), 'token_snr': token_snr(posterior).detach()}
     if objective.kl_weight:
         terms['kl'] = kl_loss(posterior.mean, posterior.logvar)
     return terms | {'decoded': decoded} if keep_decoded else terms

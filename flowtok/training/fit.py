@@ -33,7 +33,7 @@ from ..config import from_json, stages, to_json
 from ..files import lock_folder, write_atomically
 from ..data.images import to_images
 from .checkpointing import (Log, GracefulStop, Stopped, all_gather_object, check_folder, check_identity, checkpoints, merge_config, newest_state, progress_line, restore, run_identity,
-                             save_checkpoint, set_aside, show_progress, source_warning, loggable_values, training_state)
+                             save_checkpoint, set_aside, show_progress, collapse_warning, loggable_values, training_state)
 from ..models.fast import align_swiglu
 from ..models.flowtok import load_weights, save_weights
 from .tasks import Run, Stage, earlier_weights, stage_classes, weights_file
@@ -183,7 +183,7 @@ def __call__(
         if self.log:
             line = self.log.write(step=step, seconds=round(time.monotonic() - self.began, 2), rate=rate, **({'skipped': self.skipped} if self.skipped else {}))
             self.tell(line)
-            if not self.warned and (warning := source_warning(line)):
+            if not self.warned and (warning := collapse_warning(line)):
                 self.warned = True
                 self.warn(step, warning=warning)
             self.accelerator.log({k: v for k, v in line.items() if k != 'step'}, step=step)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flowtok.config import FlowConfig, FlowTokConfig, SourceConfig, from_json, preset, recipe, source_kinds, to_json
-from flowtok.training.checkpointing import source_warning
+from flowtok.training.checkpointing import collapse_warning
 from flowtok.models.flowtok import FlowTok, direction_config
 from flowtok.losses.objective import text_to_image_terms
 from flowtok.pipeline import FlowTokPipeline
@@ -93,8 +93,8 @@ def test_one_prompt_has_many_starts():
 
 
 def test_the_run_warns_when_the_noise_dies():
-    assert source_warning({'step': 3, 'source_snr': 21.}) and not source_warning({'step': 3, 'source_snr': 19.})
-    assert not source_warning({'step': 3, 'flow': 1.})
+    assert collapse_warning({'step': 3, 'source_snr': 21.}) and not collapse_warning({'step': 3, 'source_snr': 19.})
+    assert not collapse_warning({'step': 3, 'flow': 1.})
 
 
 def test_times_can_be_moved_towards_the_source():
