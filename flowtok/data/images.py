@@ -82,12 +82,16 @@ class Header(tarfile.TarInfo):
 def tar_files(
     shard: str,  # one of `find_shards`
     faults: Counter,  # what is left out is counted here
+    part: int = 0,  # which part of the samples: those with number part, part + parts, ...
+    parts: int = 1,  # of how many; a local file is read at the places of its part only
 ) -> Iterator[dict]:  # as webdataset groups them: fname, data, __url__
     "Iterate over the files of a tar shard."
     from webdataset.gopen import gopen, set_options
+    from webdataset.tariterators import base_plus_ext
+    key, number, seekable = None, -1, parts > 1 and not is_remote(shard)
     with gopen(shard) as stream:
         set_options(stream, ignore_status=[0, 23, 141, -13])    # of a command that was still writing at the end
-        with tarfile.open(fileobj=stream, mode='r|*', tarinfo=Header) as tar:
+        with tarfile.open(fileobj=stream, mode='r:*' if seekable else 'r|*', tarinfo=Header) as tar:
             for member in tar:
                 tar.members = []                                # where it would collect all headers
                 if member.size > MAX_SKIPPED:
@@ -95,14 +99,19 @@ def tar_files(
                 if UNSAFE.search(member.name) or member.size > MAX_FILE:
                     faults['file: too large' if member.size > MAX_FILE else 'file: unsafe name'] += 1
                 elif member.isreg():
-                    yield {'fname': member.name, 'data': tar.extractfile(member).read(), '__url__': shard}
+                    if (sample := base_plus_ext(member.name)[0]) != key:
+                        key, number = sample, number + 1
+                    if number % parts == part:
+                        yield {'fname': member.name, 'data': tar.extractfile(member).read(), '__url__': shard}
 
 # %% ../../nbs/data/03_images.ipynb #db30ab3f
 def parse_shard(
     shard: str,  # one of `find_shards`
     faults: Counter,  # what is wrong with it is counted here
+    part: int = 0,  # as for `tar_files`
+    parts: int = 1,  # as for `tar_files`
 ) -> Iterator[dict]:  # a sample: ending of the file -> bytes, and its __key__
-    "Parse the samples of a tar shard."
+    "Parse the samples of a tar shard, or of a part of it."
     from webdataset.tariterators import group_by_keys
 
     def doubled(error):
@@ -111,10 +120,10 @@ def parse_shard(
 
     count = 0
     try:
-        for sample in group_by_keys(tar_files(shard, faults), handler=doubled):
+        for sample in group_by_keys(tar_files(shard, faults, part, parts), handler=doubled):
             count += 1
             yield sample
-        if not count:
+        if not count and parts == 1:
             faults['shard: empty'] += 1
     except Exception as error:                                  # of tarfile, zlib, lzma or the system
         empty = str(error) == 'empty file'
@@ -143,25 +152,28 @@ def cache_shard(key: tuple, samples: list, faults: Counter):
 def read_shard(
     shard: str,  # one of `find_shards`
     faults: Counter,  # what is wrong with it is counted here
+    part: int = 0,  # which part of its samples: those with number part, part + parts, ...
+    parts: int = 1,  # of how many
 ) -> Iterator[dict]:  # a sample: ending of the file -> bytes, and its __key__
-    "Read the samples of a shard; small local shards are cached after the first pass."
+    "Read the samples of a shard, or of a part of it; small local shards are cached after the first pass."
     if not is_remote(shard) and os.path.exists(shard) and not os.path.isfile(shard):             # a pipe would never end
         faults['shard: not a file'] += 1
         return
     stat = os.stat(shard) if not is_remote(shard) and os.path.isfile(shard) else None
     if stat is None or stat.st_size > SHARD_CACHE_BYTES // 16:
-        yield from parse_shard(shard, faults)
+        yield from parse_shard(shard, faults, part, parts)
         return
     key = shard, stat.st_size, stat.st_mtime_ns
     cached = cached_shard(key)
     if cached is None:
         cached = [], Counter()
-        for sample in parse_shard(shard, cached[1]):
+        for number, sample in enumerate(parse_shard(shard, cached[1])):
             cached[0].append(dict(sample))
-            yield sample
+            if number % parts == part:
+                yield sample
         cache_shard(key, *cached)
     else:
-        yield from map(dict, cached[0])
+        yield from map(dict, islice(cached[0], part, None, parts))
     faults.update(cached[1])
 
 

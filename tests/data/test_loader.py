@@ -1,9 +1,11 @@
 """Sources, readers and streams: the same batches for any number of readers, resumed exactly, whatever the data."""
+import io
 import json
 import multiprocessing
 import signal
 import subprocess
 import sys
+import tarfile
 import zlib
 from collections import Counter
 from dataclasses import replace
@@ -15,11 +17,12 @@ import torch
 from PIL import Image
 from made import image, saved, write
 
+import flowtok.data.images as images
 import flowtok.data.loader as streams
 from flowtok.data.images import MAX_CAPTION, Skip, captions_of, find_shards, read_samples, read_shard
 from flowtok.data.mixture import (ImageReader, Source, TokenReader, check_filters, choose_caption, find_sources, paper_sources,
                              use_sample)
-from flowtok.data.loader import NoSamples, shuffle_buffer, open_batches, shard_of_pass
+from flowtok.data.loader import NoSamples, shuffle_buffer, open_batches, part_of_pass
 
 
 # sources ---------------------------------------------------------------------------------------------------
@@ -192,7 +195,7 @@ def same(a, b):
 
 def test_visits_of_all_streams_are_epochs():
     for shards, S in ((3, 8), (8, 3), (5, 5)):
-        visits = [shard_of_pass(n // S, n % S, S, shards, 7, 0) for n in range(shards * 6)]
+        visits = [part_of_pass(n // S, n % S, S, shards, 7, 0) for n in range(shards * 6)]
         epochs = [tuple(visits[i:i + shards]) for i in range(0, len(visits), shards)]
         assert all(sorted(epoch) == list(range(shards)) for epoch in epochs) and len(set(epochs)) > 1
 
@@ -245,7 +248,7 @@ def test_images_crops_and_flips_are_resumed_too(tmp_path):
 
 def test_resuming_reads_one_shard_a_stream_and_decodes_nothing_twice(folder, monkeypatch):
     opened, decoded = [], []
-    follow = lambda shard, faults: (opened.append(shard), read_shard(shard, faults))[1]
+    follow = lambda shard, *how: (opened.append(shard), read_shard(shard, *how))[1]
     monkeypatch.setattr(streams, 'read_shard', follow)
     read = lambda sample, source, rng: (decoded.append(sample['__key__']), (np.zeros(1), ''))[1]
     run = open_batches([Source(str(folder))], read, 4)
@@ -261,6 +264,37 @@ def test_resuming_reads_one_shard_a_stream_and_decodes_nothing_twice(folder, mon
 def test_one_epoch_reads_everything_once(folder):
     run = open_batches([Source(str(folder))], name_reader, 5, shuffle=10)
     assert sorted(text for _, texts in take(run, 7) for text in texts) == sorted(f'number {i}' for i in range(35))
+
+
+@pytest.mark.parametrize('shards, samples, world_size, workers', [(1, 1000, 1, 0), (1, 1000, 2, 2), (3, 1000, 1, 2), (24, 400, 1, 0), (24, 400, 4, 0), (50, 200, 2, 0)])
+def test_small_sets_are_read_evenly(shards, samples, world_size, workers, tmp_path):
+    "As many different samples as an even draw would give, in 100 batches and in every single one, also of a set sorted by class."
+    for shard in range(shards):
+        write(tmp_path / f'{shard:05d}.tar', [{'txt': f'{shard * samples + i}'.encode()} for i in range(samples)])
+    batches, _, counts = global_batches([Source(str(tmp_path))], 100, world_size, workers, batch_size=64, seed=1)
+    numbers = np.array([[int(text) for text in texts] for _, texts in batches])
+    n = shards * samples
+    assert len(np.unique(numbers)) >= .95 * min(n, numbers.size) and counts['kept'] == 6400
+    assert np.mean([len(np.unique(batch)) for batch in numbers]) >= .95 * 64
+    assert np.bincount(numbers.flatten(), minlength=n).max() <= -(-numbers.size // n) + 2
+    classes = numbers * 10 // n                                 # ten classes, one after the other
+    assert np.mean([len(np.unique(batch)) for batch in classes]) > 9
+
+
+def test_parts_of_a_large_shard_are_its_samples_once(tmp_path, monkeypatch):
+    "Of a shard too large to keep in memory, each part reads its own samples only; what is wrong is counted once."
+    monkeypatch.setattr(images, 'SHARD_CACHE_BYTES', 0)
+    write(tmp_path / '0.tar', [{'png': image(seed=i), 'txt': f'{i}'.encode()} for i in range(20)])
+    with tarfile.open(tmp_path / '0.tar', 'a') as tar:
+        tar.addfile(tarfile.TarInfo('../x.png'), io.BytesIO())
+    for parts in (1, 3, 20, 33):
+        faults = Counter()
+        texts = [[captions_of(sample)[0] for sample in images.read_shard(str(tmp_path / '0.tar'), faults, part, parts)] for part in range(parts)]
+        assert sorted(sum(texts, []), key=int) == [str(i) for i in range(20)] and texts[0] == [str(i) for i in range(0, 20, parts)]
+        assert faults['file: unsafe name'] == parts
+    run = open_batches([Source(str(tmp_path))], name_reader, 4)
+    take(run, 5)
+    assert run.counts['kept'] == 20 and run.counts['file: unsafe name'] <= 1
 
 
 def test_sources_fill_their_share(two_sources):
