@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'DTYPES', 'OUTPUT_TYPES', 'PRECISIONS', 'QUANTIZATIONS', 'FlowTokPipeline', 'embedded_weights',
            'find_pipeline', 'same_weights', 'draw_noise', 'check_generator', 'check_prompts', 'batched', 'postprocess',
-           'EncodedPrompts', 'padded', 'check_pixels', 'read_image', 'quantize_blocks']
+           'padded', 'check_pixels', 'read_image', 'quantize_blocks']
 
 # %% ../nbs/pipeline.ipynb #5fd2456b
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +26,7 @@ from .flow.solver import sample
 from .models.fast import CachedVelocity, align_swiglu, fuse_gelu
 from .models.flowtok import FlowTok, direction_config, load_weights, save_weights
 from .models.layers import float32_default
-from .models.text import TextAutoencoder, text_encoder
+from .models.text import CaptionCache, TextAutoencoder, text_encoder
 from .models.tokenizer import ImageTokenizer
 
 # %% ../nbs/pipeline.ipynb #1dcfc0df
@@ -106,7 +106,7 @@ def find_pipeline(
 def from_pretrained(
     cls: FlowTokPipeline,
     name: str | Path | None = None,  # folder or hub id; None for the model that comes with the package
-    clip: str | Path | None = None,  # weights of CLIP's text encoder, for the sizes that use it
+    clip: str | Path | None = None,  # weights of CLIP's text encoder, for the sizes that use it; another text model, for those of transformers
     variant: str | None = None,  # of the authors' checkpoints: 'xl' or 'h'; None for a pipeline of this package
     torch_dtype: torch.dtype = torch.float32,  # as `FlowTokPipeline.to`
 ) -> FlowTokPipeline:
@@ -254,28 +254,6 @@ def postprocess(
     from PIL import Image
     return [Image.fromarray(pixels) for pixels in to_pixels(images)]
 
-# %% ../nbs/pipeline.ipynb #8a70ca65
-class EncodedPrompts:
-    "Cache of the text side's outputs, by caption."
-
-    def __init__(
-        self,
-        encode: Callable,  # ids (b, n) -> features (b, n, c), mean and standard deviation (b, n, d)
-        size: int = 256,  # captions to keep
-    ):
-        self.encode, self.size, self.cache = encode, size, {}
-
-    def __call__(self, ids: Tensor) -> list[Tensor]:  # ids (b, n)
-        "Features, mean and standard deviation of each caption."
-        keys = [tuple(row) for row in ids.tolist()]
-        new = {key: row for key, row in zip(keys, ids) if key not in self.cache}
-        if new:
-            self.cache |= zip(new, zip(*self.encode(torch.stack(list(new.values())))))
-        outputs = [torch.stack(rows) for rows in zip(*(self.cache[key] for key in keys))]
-        for key in list(self.cache)[:max(0, len(self.cache) - self.size)]:
-            del self.cache[key]
-        return outputs
-
 # %% ../nbs/pipeline.ipynb #0ebe0ede
 @patch
 def stream(
@@ -325,7 +303,7 @@ def encode_prompts(self: FlowTokPipeline, ids: Tensor) -> tuple[Tensor, Tensor, 
 @patch
 def generate_batches(self: FlowTokPipeline, batches: Iterable[Tensor], generator, temperature: float, output_type: str, text_at_decoding: bool, settings: dict):
     "Generate images for batches of token ids; `stream` has checked the arguments."
-    shape, encoded, rows = (self.config.text.length, self.config.tokenizer.token_dim), EncodedPrompts(self.encode_prompts), 0
+    shape, encoded, rows = (self.config.text.length, self.config.tokenizer.token_dim), CaptionCache(self.encode_prompts), 0
     generators = iter(generator) if isinstance(generator, Sequence) else None
     for ids in batches:
         noise = draw_noise(shape, len(ids), list(islice(generators, len(ids))) if generators else generator)

@@ -4,19 +4,24 @@
 
 # %% auto #0
 __all__ = ['clip_name', 'open_clip_names', 'tell_truncation', 'checked_captions', 'pad_ids', 'word_ids', 'WordTextEncoder',
-           'find_clip', 'text_tower_state', 'load_clip', 'clip_tower', 'ClipTextEncoder', 'text_encoder',
-           'OutsideEpsilonNorm', 'ProjectorLayer', 'TextProjector', 'AlignmentMLP', 'TextDecoder', 'TextAutoencoder']
+           'find_clip', 'text_tower_state', 'load_clip', 'clip_tower', 'ClipTextEncoder', 'find_text_model',
+           'TransformersTextEncoder', 'CaptionCache', 'text_encoder', 'OutsideEpsilonNorm', 'ProjectorLayer',
+           'TextProjector', 'AlignmentMLP', 'TextDecoder', 'TextAutoencoder']
 
 # %% ../../nbs/models/03_text.ipynb #ca3d8d93
 import copy
 import difflib
+import re
 import warnings
+from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..config import WORDS, FlowTokConfig, TextConfig, canonical, split_words
@@ -221,15 +226,113 @@ class ClipTextEncoder(nn.Module):
         "Text features of ids."
         return self.tower(ids).last_hidden_state                                 # (b, n, c)
 
+# %% ../../nbs/models/03_text.ipynb #56153d63
+def find_text_model(
+    name: str | Path,  # a folder, an installed package that holds a model, or an id on the Hugging Face hub
+) -> tuple[str, bool]:  # what transformers loads, and whether it has to be on this machine
+    "Folder or hub id of a text model."
+    if (Path(name) / 'config.json').is_file():
+        return str(name), True
+    package = find_spec(str(name)) if re.fullmatch(r'\w+', str(name)) else None
+    for place in package.submodule_search_locations or () if package else ():
+        for folder in (Path(place), Path(place) / 'model'):
+            if (folder / 'config.json').is_file():
+                return str(folder), True
+    if package or not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(name)):
+        raise FileNotFoundError(f"There is no text model {str(name)!r}: it is neither a folder with config.json nor a package that holds one nor a hub id.")
+    return str(name), not reachable()
+
+# %% ../../nbs/models/03_text.ipynb #f6c92014
+class TransformersTextEncoder(nn.Module):
+    "Frozen text model of transformers: features are its last hidden states, at every position."
+
+    def __init__(
+        self,
+        config: TextConfig,  # with its width and vocab_size
+        pretrained: str | Path | None = None,  # as `find_text_model`, instead of the config's model
+    ):
+        super().__init__()
+        from transformers import AutoModel, AutoTokenizer
+        name = pretrained or config.model
+        source, local = find_text_model(name)
+        try:
+            self.words = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+            self.model = AutoModel.from_pretrained(source, local_files_only=local, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise FileNotFoundError(f"The text model {str(name)!r} cannot be loaded ({str(error).strip().splitlines()[0]}): install the package that holds it, as "
+                                    "pip install 'flowtok[real]' does, connect once, or give the folder of another.") from error
+        self.model = getattr(self.model, 'text_model', getattr(self.model, 'encoder', self.model)) if self.model.config.is_encoder_decoder else self.model
+        self.config, self.start, self.end = config, self.words.cls_token_id, self.words.sep_token_id or self.words.eos_token_id
+        sizes, own = (self.model.config.hidden_size, len(self.words)), (config.width, config.vocab_size)
+        if sizes != own or self.end is None:
+            raise ValueError(f"The text model {str(name)!r} has width and vocabulary {sizes}, not {own}, the config's.")
+        check_finite(self.model.state_dict(), name)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True):
+        "Stays in eval mode."
+        return super().train(False)
+
+# %% ../../nbs/models/03_text.ipynb #df13c917
+@patch
+def tokenize(self: TransformersTextEncoder, texts: list[str]) -> Tensor:  # ids, (b, n) long
+    "Token ids of the model's tokenizer, its own start and end included; 0 pads."
+    rows = self.words(checked_captions(texts), add_special_tokens=False)['input_ids']
+    start = [] if self.start is None else [self.start]
+    for text, row in zip(texts, rows):
+        if not row:
+            raise ValueError(f"The prompt {text!r} holds no words.")
+    return pad_ids([[*start, *row, self.end] for row in rows], self.config.length)
+
+
+@patch
+def decode_ids(self: TransformersTextEncoder, ids: Tensor) -> list[str]:  # ids (b, n)
+    "Captions of ids: the words before the first end id."
+    rows = [row[:row.index(self.end)] if self.end in row else row for row in ids.tolist()]
+    return [self.words.decode([i for i in row if i], skip_special_tokens=True).strip() for row in rows]
+
+
+@patch
+def forward(self: TransformersTextEncoder, ids: Tensor) -> Tensor:  # ids (b, n)
+    "Text features of ids; no position attends to padding."
+    ends = (ids == self.end).int()
+    mask = ends.cumsum(1) - ends == 0                                            # (b, n), up to the first end
+    ids = torch.where(mask, ids, self.words.pad_token_id or 0)
+    return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state           # (b, n, c)
+
+# %% ../../nbs/models/03_text.ipynb #ea772422
+class CaptionCache:
+    "Cache of what is computed from captions, by their ids."
+
+    def __init__(
+        self,
+        encode: Callable,  # ids (b, n) -> several tensors (b, ...)
+        size: int = 256,  # captions to keep
+    ):
+        self.encode, self.size, self.cache = encode, size, {}
+
+    def __call__(self, ids: Tensor) -> list[Tensor]:  # ids (b, n)
+        "The tensors of each caption."
+        keys = [tuple(row) for row in ids.tolist()]
+        new = {key: row for key, row in zip(keys, ids) if key not in self.cache}
+        if new:
+            self.cache |= zip(new, zip(*self.encode(torch.stack(list(new.values())))))
+        outputs = [torch.stack(rows) for rows in zip(*(self.cache[key] for key in keys))]
+        for key in list(self.cache)[:max(0, len(self.cache) - self.size)]:
+            del self.cache[key]
+        return outputs
+
 # %% ../../nbs/models/03_text.ipynb #1a3a8f6d
 def text_encoder(
     config: TextConfig,  # its `encoder` chooses
-    pretrained: str | Path | None = None,  # of CLIP: 'openai', a file, or None for random weights
+    pretrained: str | Path | None = None,  # of CLIP: 'openai', a file, or None for random weights; of 'transformers' as `find_text_model`
 ) -> nn.Module:  # with tokenize(texts), decode_ids(ids) and forward(ids)
     "Build the frozen text encoder of a config."
-    if pretrained is not None and config.encoder != 'clip':
+    if pretrained is not None and config.encoder == 'words':
         raise ValueError(f"clip = {str(pretrained)!r} is given, and the text encoder of this model is {config.encoder!r}, which has no such weights: leave clip out.")
-    return ClipTextEncoder(config, pretrained) if config.encoder == 'clip' else WordTextEncoder(config)
+    if config.encoder == 'words':
+        return WordTextEncoder(config)
+    return (ClipTextEncoder if config.encoder == 'clip' else TransformersTextEncoder)(config, pretrained)
 
 # %% ../../nbs/models/03_text.ipynb #d9b730e7
 class OutsideEpsilonNorm(nn.Module):
