@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['hints', 'comments', 'RecipeChanges', 'COMMANDS', 'load_pipeline', 'Generate', 'Caption', 'Train', 'Conversion',
-           'Coco', 'Mjhq', 'Folder', 'Shards', 'Tables', 'Bench', 'Convert', 'main']
+           'Coco', 'Mjhq', 'Folder', 'EmojiShards', 'Shards', 'Tables', 'Bench', 'Convert', 'main']
 
 # %% ../nbs/cli.ipynb #6c976175
 import os
@@ -129,6 +129,8 @@ class Train:
 class Conversion:
     "Options and run of a conversion; a subclass lists the images of its data set."
     size: int | None = None  # shorter side at most, pixels (default: every byte is kept)
+    fit: Literal['crop', 'pad'] = 'crop'  # crop: training crops a square from the middle; pad: a white square around the whole image
+    min_side: int = 0  # leave out images whose shorter side has fewer pixels (default: they are enlarged in training)
     samples_per_shard: int = 1000
     limit: int | None = None  # only the first so many images
     processes: int = os.cpu_count() or 1  # that decode
@@ -141,7 +143,7 @@ class Conversion:
             name, entries = self.listed()
             if self.limit is not None:
                 entries = entries[:whole_number('limit', self.limit, 1)]
-            source = convert_images(name, entries, self.image_folder, self.out, size=self.size, processes=self.processes,
+            source = convert_images(name, entries, self.image_folder, self.out, size=self.size, fit=self.fit, min_side=self.min_side, processes=self.processes,
                                       samples_per_shard=self.samples_per_shard, progress=True)
         except KeyboardInterrupt:
             sys.exit(f"Stopped. The finished shards in {self.out} stay, and the same command resumes.")
@@ -195,10 +197,25 @@ class Folder(Conversion):
         return name, folder_entries(Path(self.image_folder))
 
 # %% ../nbs/cli.ipynb #ef26b288
+@dataclass(kw_only=True)
+class EmojiShards:
+    "Emoji with their names; combinations of role, gender and skin tone are held out."
+    out: Annotated[Positional[str], arg(metavar='OUT')]  # gets a folder for each split, train and held_out; created when absent
+    size: int = 64  # side of the images, pixels
+    samples_per_shard: int = 500
+
+    def run(self):
+        from flowtok.data.emoji import write_emoji_shards
+        counts = write_emoji_shards(self.out, self.size, self.samples_per_shard)
+        print('; '.join(f'{n:,} emoji are in {self.out}/{split}/*.tar' for split, n in counts.items()))
+        print(f'train on them: papermill nbs/train.ipynb -p scale small -p data {self.out}/train')
+
+
 @dataclass
 class Shards:
     "Write a data set as webdataset shards."
-    source: Annotated[Coco, subcommand('coco')] | Annotated[Mjhq, subcommand('mjhq')] | Annotated[Folder, subcommand('folder')]
+    source: (Annotated[Coco, subcommand('coco')] | Annotated[Mjhq, subcommand('mjhq')] | Annotated[Folder, subcommand('folder')]
+             | Annotated[EmojiShards, subcommand('emoji')])
 
     def run(self): self.source.run()
 
@@ -262,7 +279,7 @@ def main(argv: list[str] | None = None):
     command = tyro.cli(OmitSubcommandPrefixes[COMMANDS], prog='flowtok', args=argv, description='FlowTok: text to image and image to text.')
     try:
         command.run()
-    except (ValueError, OSError, RuntimeError, BrokenExecutor, CalledProcessError) as error:  # RecursionError is a RuntimeError
+    except (ValueError, OSError, RuntimeError, ImportError, BrokenExecutor, CalledProcessError) as error:  # RecursionError is a RuntimeError
         sys.exit(str(error))
 
 

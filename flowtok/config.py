@@ -456,10 +456,10 @@ tiny_recipes = {
 
 
 small_recipes = {
-    'tokenizer': replace(tiny_recipes['tokenizer'], steps=4500, text_drop=.5),
+    'tokenizer': replace(tiny_recipes['tokenizer'], steps=2800, text_drop=.5),
     'text': replace(tiny_recipes['text'], steps=800, batch_size=32),
-    'text-to-image': replace(tiny_recipes['text-to-image'], steps=5000, batch_size=64),
-    'image-to-text': replace(tiny_recipes['image-to-text'], steps=2500, batch_size=64)}
+    'text-to-image': replace(tiny_recipes['text-to-image'], steps=4000, batch_size=64),
+    'image-to-text': replace(tiny_recipes['image-to-text'], batch_size=64)}
 
 
 phases = ('pre-training', 'fine-tuning')

