@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['hints', 'comments', 'RecipeChanges', 'COMMANDS', 'load_pipeline', 'Generate', 'Caption', 'Train', 'Conversion',
-           'Coco', 'Mjhq', 'Folder', 'EmojiShards', 'Shards', 'Tables', 'Bench', 'Convert', 'main']
+           'Coco', 'Mjhq', 'Folder', 'HuggingFace', 'EmojiShards', 'Shards', 'Tables', 'Bench', 'Convert', 'main']
 
 # %% ../nbs/cli.ipynb #6c976175
 import os
@@ -85,7 +85,9 @@ class Train:
     "Train the stages of a FlowTok, each unless its weights are there; a stopped run resumes."
     scale: Literal[('smoke', *presets)] = 'smoke'  # size of the models
     stage: Literal[('all', *stages)] = 'all'  # what to train
-    data: str = 'scenes'  # 'scenes' (drawn here), shards, or a .json of sources
+    data: str = 'scenes'  # 'scenes' (drawn here), shards, a .json of sources, or hf:NAME_OR_FOLDER, a data set of Hugging Face
+    image_column: str = ''  # of hf: data (default: file, image, file_name ...)
+    caption_column: str = ''  # of hf: data (default: caption, text, prompt ...)
     samples: int = 1000  # scenes to draw
     anywhere: float = 0.  # share of those scenes whose things lie anywhere, in [0, 1]
     out: str = 'run'  # folder of weights, logs and samples
@@ -107,6 +109,7 @@ class Train:
 
     def run(self):
         import torch
+        from flowtok.data.convert import local_data
         from flowtok.training.fit import exit_with, train_stages
         from flowtok.training.tasks import plan, vocabulary_for
         processes = self.processes or torch.cuda.device_count() or 1
@@ -116,9 +119,10 @@ class Train:
 
         def work():
             changes = {name: value for name, value in asdict(self.recipe).items() if value is not None}
-            words = vocabulary_for(self.data, self.out, self.init) if self.scale in ('smoke', 'tiny') and self.data != 'scenes' else ()
+            data = local_data(self.data, self.out, self.image_column, self.caption_column)
+            words = vocabulary_for(data, self.out, self.init) if self.scale in ('smoke', 'tiny') and data != 'scenes' else ()
             settings = {name: getattr(self, name) for name in ('clip', 'init', 'seed', 'keep', 'workers', 'compile', 'memory_budget', 'tensorboard', 'resume')}
-            runs = [plan(stage, self.scale, self.data, self.out, phase=self.phase, steps=self.steps, longer=self.longer,
+            runs = [plan(stage, self.scale, data, self.out, phase=self.phase, steps=self.steps, longer=self.longer,
                          batch_size=self.batch_size, changes=changes, words=words, **settings)
                     for stage in (stages if self.stage == 'all' else (self.stage,))]
             train_stages(runs, self.samples, self.anywhere)
@@ -198,6 +202,28 @@ class Folder(Conversion):
 
 # %% ../nbs/cli.ipynb #ef26b288
 @dataclass(kw_only=True)
+class HuggingFace:
+    "A data set of Hugging Face: a folder of parquet files, or an id on the hub."
+    name: Annotated[Positional[str], arg(metavar='NAME_OR_FOLDER')]
+    out: Annotated[Positional[str], arg(metavar='OUT')]  # folder for the shards; created when absent
+    image_column: str = ''  # (default: file, image, file_name ...)
+    caption_column: str = ''  # (default: caption, text, prompt ...)
+    split: str = 'train'
+    size: int | None = None  # shorter side at most, pixels (default: every byte is kept)
+    fit: Literal['crop', 'pad'] = 'crop'
+    min_side: int = 0  # leave out images whose shorter side has fewer pixels
+    samples_per_shard: int = 1000
+    limit: int | None = None  # only the first so many rows
+
+    def run(self):
+        from flowtok.data.convert import convert_dataset, list_reasons
+        source = convert_dataset(progress=True, **asdict(self))
+        print(f"{self.name}: {source['counts']['kept']:,} of {source['pictures']:,} images are in {self.out}/*.tar")
+        if len(source['counts']) > 1:
+            print(f"left out: {list_reasons(source['counts'])}")
+
+
+@dataclass(kw_only=True)
 class EmojiShards:
     "Emoji with their names; combinations of role, gender and skin tone are held out."
     out: Annotated[Positional[str], arg(metavar='OUT')]  # gets a folder for each split, train and held_out; created when absent
@@ -215,7 +241,7 @@ class EmojiShards:
 class Shards:
     "Write a data set as webdataset shards."
     source: (Annotated[Coco, subcommand('coco')] | Annotated[Mjhq, subcommand('mjhq')] | Annotated[Folder, subcommand('folder')]
-             | Annotated[EmojiShards, subcommand('emoji')])
+             | Annotated[HuggingFace, subcommand('hf')] | Annotated[EmojiShards, subcommand('emoji')])
 
     def run(self): self.source.run()
 

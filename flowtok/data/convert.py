@@ -6,8 +6,9 @@
 __all__ = ['IMAGE_ENDINGS', 'VECTOR_ENDINGS', 'TABLES', 'IMAGE_COLUMNS', 'CAPTION_COLUMNS', 'FILE_ENDINGS', 'FITS', 'AHEAD',
            'ImageEntry', 'read_json', 'image_folder', 'coco_entries', 'mjhq_entries', 'folder_entries',
            'number_or_text', 'read_rows', 'find_column', 'table_entries', 'Dropped', 'resize_file', 'padded_to_square',
-           'pack_image', 'read_captions', 'make_sample', 'stats_path', 'is_done', 'pack_shard', 'init_converter',
-           'shared_map', 'check_request', 'list_reasons', 'finish_conversion', 'convert_images', 'convert_shards']
+           'pack_image', 'read_captions', 'make_sample', 'pack_sample', 'stats_path', 'is_done', 'pack_shard',
+           'init_converter', 'shared_map', 'check_request', 'list_reasons', 'finish_conversion', 'convert_images',
+           'convert_shards', 'dataset_rows', 'row_sample', 'convert_dataset', 'local_data']
 
 # %% ../../nbs/data/07_convert.ipynb #5e54e3fb
 import csv
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +35,7 @@ from PIL import Image, ImageOps
 
 from ..config import check_integer, parse_json
 from .images import FORMATS, to_rgb
-from ..files import is_inside, lock_folder, data_identity, write_atomically
+from ..files import is_inside, lock_folder, reachable, data_identity, write_atomically
 from .shapes import ENCODINGS, claim_folder, whole_number, write_shard
 
 # %% ../../nbs/data/07_convert.ipynb #716940ec
@@ -285,12 +287,21 @@ def make_sample(
             raise Dropped('missing image')
         if path.suffix.lower() in VECTOR_ENDINGS:
             raise Dropped('not a raster image')
-        captions = read_captions(entry, path)
-        ending, data, sizes = pack_image(path.read_bytes(), size, fit, min_side)
+        return pack_sample(entry, read_captions(entry, path), path.read_bytes(), size, fit, min_side)
     except Dropped as reason:
         return str(reason)
     except OSError:
         return 'unreadable image'
+
+
+def pack_sample(
+    entry: ImageEntry,
+    captions: list[str],
+    data: bytes,  # the image file
+    *how,  # as for `pack_image`
+) -> dict:  # Dropped where the image cannot be used
+    "Image, captions and metadata as the files of a sample."
+    ending, data, sizes = pack_image(data, *how)
     facts = {**entry.facts, **dict(caption=captions[0], captions=captions, key=entry.key, status='success', **sizes)}
     return {'__key__': entry.key, ending: data, 'txt': captions[0].encode(), 'json': json.dumps(facts).encode()}
 
@@ -475,3 +486,105 @@ def convert_shards(out: Path, plan: dict, pieces: dict, make: Callable, processe
         return finish_conversion(out, plan, pieces)
     except OSError as error:
         raise OSError(f"Folder {out} cannot be written: {error.strerror or error}.") from None
+
+# %% ../../nbs/data/07_convert.ipynb #0c653c79
+def dataset_rows(
+    name: str,  # a folder of parquet files, or an id on the Hugging Face hub
+    split: str = 'train',
+) -> tuple[Iterator[dict], list[str]]:  # rows, read as they are needed, and the names of their columns
+    "Stream the rows of a Hugging Face data set; no code that comes with it runs."
+    try:
+        from datasets import Image as ImageColumn, load_dataset
+    except ImportError:
+        raise ImportError("Data sets of Hugging Face need datasets: pip install 'flowtok[hf]'.") from None
+    files = sorted(str(path) for path in Path(name).rglob('*.parquet')) if Path(name).is_dir() else []
+    if Path(name).is_dir() and not files:
+        raise FileNotFoundError(f"Folder {name} holds no parquet files.")
+    if not files and not reachable():
+        raise FileNotFoundError(f"There is no data set {name!r}: it is no folder here, and the Hugging Face hub does not answer.")
+    try:
+        rows = load_dataset('parquet', data_files=files, split='train', streaming=True) if files else load_dataset(name, split=split, streaming=True)
+        columns = list(rows.features or next(iter(rows)))
+    except (ValueError, OSError, StopIteration) as error:
+        raise ValueError(f"The data set {name!r} cannot be read: {str(error).splitlines()[0] if str(error) else 'it is empty'}") from None
+    for column, feature in (rows.features or {}).items():
+        if isinstance(feature, ImageColumn):
+            rows = rows.cast_column(column, ImageColumn(decode=False))
+    return iter(rows), columns
+
+
+def row_sample(
+    entry: ImageEntry,
+    image: object,  # what the image column holds
+    *how,  # as for `pack_image`
+) -> dict | str:
+    "One row as a sample of a shard, or the reason why there is none."
+    data = image.get('bytes') if isinstance(image, dict) else image
+    captions = [text.strip() for text in entry.captions if isinstance(text, str) and text.strip()]
+    try:
+        if not isinstance(data, bytes):
+            raise Dropped('missing image')
+        if not captions:
+            raise Dropped('missing caption')
+        return pack_sample(entry, captions, data, *how)
+    except Dropped as reason:
+        return str(reason)
+
+# %% ../../nbs/data/07_convert.ipynb #3a0371ad
+def convert_dataset(
+    name: str,  # as `dataset_rows`
+    out: str | Path,  # for the shards of this set alone
+    image_column: str = '',  # '' for the first of IMAGE_COLUMNS that is there
+    caption_column: str = '',  # '' for the first of CAPTION_COLUMNS that is there
+    *,
+    split: str = 'train',
+    size: int | None = None,  # as for `pack_image`
+    fit: str = 'crop',  # as for `pack_image`
+    min_side: int = 0,  # as for `pack_image`
+    samples_per_shard: int = 1000,
+    limit: int | None = None,  # only the first so many rows
+    progress: bool = False,  # show a bar
+) -> dict:  # what source.json holds
+    "Write a Hugging Face data set as shards; finished shards are kept."
+    from tqdm.auto import tqdm
+    if fit not in FITS:
+        raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}.")
+    for option, number in dict(size=size, samples_per_shard=samples_per_shard, limit=limit).items():
+        if number is not None:
+            check_integer(option, number)
+    rows, columns = dataset_rows(str(name), split)
+    image = find_column([dict.fromkeys(columns)], name, 'image', (image_column,) if image_column else IMAGE_COLUMNS)
+    caption = find_column([dict.fromkeys(columns)], name, 'caption', (caption_column,) if caption_column else CAPTION_COLUMNS)
+    out, pieces, numbered = Path(out), {}, enumerate(islice(rows, limit))
+    out.mkdir(parents=True, exist_ok=True)
+    with lock_folder(out), tqdm(desc=str(name), unit=' images', mininterval=1, disable=not progress) as bar:
+        about = dict(name=f'hf:{name}', split=split, image=image, caption=caption, size=size, fit=fit, min_side=min_side, samples_per_shard=samples_per_shard, limit=limit)
+        claim_folder(out, about, 'plan.json')
+        while batch := list(islice(numbered, samples_per_shard)):
+            shard, entries = out / f'{len(pieces):05d}.tar', []
+            for i, row in batch:
+                texts = row[caption] if isinstance(row[caption], list) else [row[caption]]
+                facts = {key: value for key, value in row.items() if key not in (image, caption) and isinstance(value, (str, int, float, bool))}
+                entries.append(ImageEntry(f'{i:09d}', f'row {i}', texts, facts))
+            if not is_done(shard):
+                pack_shard(shard, entries, (row_sample(entry, row[image], size, fit, min_side) for entry, (_, row) in zip(entries, batch)), bar.update)
+            pieces[shard] = entries
+        if not pieces:
+            raise ValueError(f"The data set {name!r} holds no rows.")
+        return finish_conversion(out, about | {'pictures': sum(map(len, pieces.values()))}, pieces)
+
+# %% ../../nbs/data/07_convert.ipynb #26e17614
+def local_data(
+    data: str | Path,  # 'hf:' and a data set, or anything that training reads as it is
+    folder: str | Path,  # of the training; gets the shards of a data set
+    image_column: str = '',  # as `convert_dataset`
+    caption_column: str = '',  # as `convert_dataset`
+) -> str:
+    "What training reads: a data set of Hugging Face becomes shards first."
+    if not str(data).startswith('hf:'):
+        if image_column or caption_column:
+            raise ValueError(f"image_column and caption_column belong to a data set of Hugging Face, as data = 'hf:NAME'; got data {str(data)!r}.")
+        return str(data)
+    shards = Path(folder) / 'dataset'
+    convert_dataset(str(data).removeprefix('hf:'), shards, image_column, caption_column, progress=True)
+    return str(shards)

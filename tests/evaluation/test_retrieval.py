@@ -7,7 +7,7 @@ import torch
 
 from flowtok.data.images import to_images
 from flowtok.data.shapes import captions, draw_scene, render
-from flowtok.evaluation.retrieval import (blurred, copy_share, drawing_numbers, find_stand_in, name_scores, nearest, own_data_scores, retrieval_scores, score_rows,
+from flowtok.evaluation.retrieval import (Gallery, blurred, copy_share, drawing_numbers, find_stand_in, name_scores, own_data_scores, retrieval_scores, score_rows,
                                           squared_distances)
 from flowtok.pipeline import FlowTokPipeline
 
@@ -24,19 +24,19 @@ def test_distances_are_euclidean():
 
 def test_a_perfect_model_and_one_of_wrong_images(gallery):
     own = list(range(0, 60, 2))
-    perfect = retrieval_scores(gallery[own], own, gallery)
+    perfect = retrieval_scores(gallery[own], own, Gallery(gallery))
     assert perfect['top-1']['percent'] == perfect['top-5']['percent'] == 100 and perfect['top-1']['low'] > 85
-    wrong = retrieval_scores(gallery[own].roll(1, 0), own, gallery)
+    wrong = retrieval_scores(gallery[own].roll(1, 0), own, Gallery(gallery))
     assert wrong['top-1']['percent'] == 0 and wrong['top-1']['high'] > 0
-    mean = retrieval_scores(gallery.mean(0).expand(30, -1, -1, -1), own, gallery)
+    mean = retrieval_scores(gallery.mean(0).expand(30, -1, -1, -1), own, Gallery(gallery))
     assert mean['top-1']['percent'] < 5                          # a painter of the mean is one image's neighbour at most
     with pytest.raises(ValueError, match='16.*32'):
-        nearest(gallery[:, :, :16, :16], gallery)
+        Gallery(gallery).nearest(gallery[:, :, :16, :16])
 
 
 def test_a_small_shift_is_forgiven_after_a_blur(gallery):
     shifted = gallery.roll(1, 3)
-    found = (nearest(shifted, gallery, 1)[:, 0] == torch.arange(60)).float().mean()
+    found = (Gallery(gallery).nearest(shifted, 1)[:, 0] == torch.arange(60)).float().mean()
     assert found > .9 and blurred(gallery, 0).equal(gallery.flatten(1))
 
 
@@ -45,9 +45,9 @@ def test_equal_drawings_are_one():
     gallery[2] = gallery[0]
     names = ['man walking', 'woman walking', 'person walking', 'woman judge dark skin tone']
     assert drawing_numbers(gallery).tolist() == [0, 1, 0, 3]
-    scores = retrieval_scores(gallery, [0, 1, 2, 3], gallery, names)
+    scores = retrieval_scores(gallery, [0, 1, 2, 3], Gallery(gallery, names))
     assert all(score['percent'] == 100 for score in scores.values())
-    scores = retrieval_scores(gallery[[1, 1, 1, 1]], [0, 1, 2, 3], gallery, names)
+    scores = retrieval_scores(gallery[[1, 1, 1, 1]], [0, 1, 2, 3], Gallery(gallery, names))
     assert [scores[part]['percent'] for part in ('top-1', 'role', 'gender', 'tone', 'all three')] == [25, 75, 50, 75, 25]
 
 
