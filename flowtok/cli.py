@@ -190,6 +190,7 @@ class Folder(Conversion):
     captions: str | None = None  # table of captions: .csv, .tsv, .jsonl (default: a .txt beside each image)
     image_column: str | None = None  # of the table (default: file_name, image, path ...)
     caption_column: str | None = None  # of the table (default: caption, text, prompt ...)
+    first_line: bool = False  # the first line of a .txt alone is a caption (default: every line is one)
 
     def listed(self):
         from flowtok.data.convert import folder_entries, table_entries
@@ -198,7 +199,7 @@ class Folder(Conversion):
             return name, table_entries(self.captions, self.image_column, self.caption_column)
         if self.image_column or self.caption_column:
             raise ValueError("--image-column and --caption-column belong to a table: name it with --captions.")
-        return name, folder_entries(Path(self.image_folder))
+        return name, folder_entries(Path(self.image_folder), self.first_line)
 
 # %% ../nbs/cli.ipynb #ef26b288
 @dataclass(kw_only=True)

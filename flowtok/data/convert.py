@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_ENDINGS', 'VECTOR_ENDINGS', 'TABLES', 'IMAGE_COLUMNS', 'CAPTION_COLUMNS', 'FILE_ENDINGS', 'FITS', 'AHEAD',
-           'ImageEntry', 'read_json', 'image_folder', 'coco_entries', 'mjhq_entries', 'folder_entries',
+           'ImageEntry', 'read_json', 'image_folder', 'coco_entries', 'mjhq_entries', 'first_lines', 'folder_entries',
            'number_or_text', 'read_rows', 'find_column', 'table_entries', 'Dropped', 'resize_file', 'padded_to_square',
            'pack_image', 'read_captions', 'make_sample', 'pack_sample', 'stats_path', 'is_done', 'pack_shard',
            'init_converter', 'shared_map', 'check_request', 'list_reasons', 'finish_conversion', 'convert_images',
@@ -103,8 +103,17 @@ IMAGE_ENDINGS = '.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff
 VECTOR_ENDINGS = '.svg', '.svgz'  # listed, and left out with a count
 
 
+def first_lines(path: Path) -> list[str]:
+    "The first line of a caption file; nothing where it cannot be read."
+    try:
+        return path.read_text(encoding='utf-8-sig').splitlines()[:1]
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
 def folder_entries(
     folder: str | Path,  # searched with its subfolders
+    first_line: bool = False,  # the first line of a .txt alone is a caption; False: every line is one
 ) -> list[ImageEntry]:  # in the order of their names
     "List the images of a folder that have a .txt caption."
     names, links = [], []
@@ -119,7 +128,8 @@ def folder_entries(
     if not any(Path(name).with_suffix('') in texts for name in entries):
         raise ValueError(f"Folder {folder} holds {len(entries):,} images and no captions: "
                          "put a .txt beside each, or name a table with --captions.")
-    return [ImageEntry(f'{i:09d}', name, None, {'file': name}) for i, name in enumerate(entries)]
+    entries = [ImageEntry(f'{i:09d}', name, None, {'file': name}) for i, name in enumerate(entries)]
+    return [entry._replace(captions=first_lines(Path(folder, entry.file).with_suffix('.txt'))) for entry in entries] if first_line else entries
 
 # %% ../../nbs/data/07_convert.ipynb #9272bf82
 TABLES = {'.csv': ',', '.tsv': '\t', '.jsonl': None}  # ending -> what stands between the columns

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TONES', 'GENDERS', 'TONE', 'emoji_font', 'draw_emoji', 'person_of', 'Emoji', 'held_out_tones', 'is_drawn',
-           'emoji_names', 'emoji_list', 'emoji_sample', 'write_emoji_shards']
+           'emoji_names', 'emoji_list', 'emoji_sample', 'write_emoji_shards', 'emoji_table']
 
 # %% ../../nbs/data/08_emoji.ipynb #c0716f44
 import hashlib
@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..config import check_integer
 from .shapes import claim_folder, write_shard
+from ..files import write_atomically
 
 # %% ../../nbs/data/08_emoji.ipynb #63274896
 @cache
@@ -151,3 +152,18 @@ def write_emoji_shards(
                 write_shard(path, (emoji_sample(one, size) for one in these[i:i + samples_per_shard]))
         counts[split] = len(these)
     return counts
+
+# %% ../../nbs/data/08_emoji.ipynb #e5300424
+def emoji_table(
+    folder: str | Path,  # of images named by code points, hexadecimal with hyphens
+    table: str | Path,  # .csv to write: file, caption
+) -> int:  # images with a name
+    "Write the names of a folder of emoji images as a table of captions; flags are left out, since their names say nothing that can be drawn."
+    code_points = lambda text: '-'.join(f'{ord(c):x}' for c in text if c != '\ufe0f')
+    names = {code_points(text): name for text, name in emoji_names().items() if not name.startswith('flag of')}
+    files = {path: names.get('-'.join(part for part in path.stem.lower().split('-') if part != 'fe0f')) for path in sorted(Path(folder).rglob('*')) if path.is_file()}
+    rows = [(path.relative_to(folder).as_posix(), name) for path, name in files.items() if name]
+    if not rows:
+        raise ValueError(f"Folder {folder} holds no image that is named by the code points of an emoji, as 1f34e.png.")
+    write_atomically(table, ''.join(f'{file},{name}\n' for file, name in [('file', 'caption'), *rows]))
+    return len(rows)

@@ -127,7 +127,7 @@ SCHEMA = {  # field -> type, types, or the fields it must hold
 }
 
 
-NONNEGATIVE = re.compile(r'fid|distance|seconds|deviation|accuracy|variation|spread', re.I)  # names of such metrics
+NONNEGATIVE = re.compile(r'^(?!.*low).*(fid|distance|seconds|deviation|accuracy|variation)', re.I)  # names of such metrics; the low end of an interval may be below 0
 
 
 def find_fault(
@@ -142,7 +142,7 @@ def find_fault(
         return f'{where} is {value!r}, which is not of type {names}.'
     if isinstance(value, float) and not math.isfinite(value):
         return f'{where} is {value}: write None and the reason for what is not finite.'
-    if isinstance(value, (int, float)) and value < 0 and NONNEGATIVE.search(where):
+    if isinstance(value, (int, float)) and value < 0 and NONNEGATIVE.search(where.split(' of ')[0]):
         return f'{where} is {value}, and cannot be negative.'
     required = schema if isinstance(schema, dict) else {}
     for name in required:

@@ -72,7 +72,8 @@ def word_ids(
     unknown = [word for word in words if word not in known]
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, 3)
-        hint = f"Near words: {', '.join(near)}." if near else f"Known words: {', '.join(known)}."
+        some = f"{', '.join(list(known)[:60])}{', ...' if len(known) > 60 else ''}"
+        hint = f"Near words: {', '.join(near)}." if near else f"Known words: {some}. A model of any words: train with -p scale small."
         raise ValueError(f"The word {unknown[0]!r} is unknown. {hint}")
     return [known[word] for word in words]
 

@@ -209,6 +209,19 @@ def test_captions_of_several_lines_are_several_captions(here):
     assert captions_of(make_sample(ImageEntry('1', 'b.png', None, {}), here / 'mine')) == ['a cat', 'ein Kater']
 
 
+def test_stamps_have_an_english_line_and_translations(here, capsys):
+    "A dozen files laid out as Tux Paint's stamps: an image, and a .txt of which the first line is English."
+    for i in range(12):
+        (here / f'stamps/kind{i % 3}').mkdir(parents=True, exist_ok=True)
+        Image.new('RGBA', (30 + i, 60 - 3 * i), (20 * i, 0, 0, 255)).save(here / f'stamps/kind{i % 3}/{i:02d}.png')
+        (here / f'stamps/kind{i % 3}/{i:02d}.txt').write_text(f'A stamp with the number {i}.\nde.utf8=Eine Marke.\nfr.utf8=Un timbre.\n')
+    shards_of('folder', 'stamps', 'out', '--first-line', '--fit', 'pad', '--min-side', '30')
+    samples = list(read_samples(find_shards(here / 'out')))
+    assert len(samples) == 11 and all(captions_of(sample) == [sample['txt'].decode()] and 'stamp with' in sample['txt'].decode() for sample in samples)
+    assert all(len(set(Image.open(io.BytesIO(sample['png'])).size)) == 1 for sample in samples)
+    assert 'smaller than 30 pixels 1' in capsys.readouterr().out
+
+
 def test_images_of_any_format_small_ones_long_ones_and_drawings(here):
     folder = here / 'any'
     folder.mkdir()

