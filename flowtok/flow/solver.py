@@ -125,7 +125,7 @@ def check_interval(interval) -> tuple[float, float]:
 @torch.no_grad()
 def sample(
     velocity: Callable,  # (x (b, ...), t (b,), indicator (b,) long: 0 conditional, 1 null) -> (b, ...)
-    x0: Tensor,  # source, (b, ...), floating point
+    x0: Tensor,  # source, (b, ...), floating point; with reverse the target, x1
     *,
     num_inference_steps: int = 20,  # at least 1
     guidance_scale: float = 2.0,  # 1: no guidance, and half the work
@@ -134,8 +134,9 @@ def sample(
     times: Sequence[float] | None = None,  # ends of the steps from 0 to 1, instead of number and schedule
     guidance_interval: tuple[float, float] = (0., 1.),  # first and last time of guidance; outside, none
     return_path: bool = False,  # also the states after each step
-) -> Tensor:  # sample at t = 1, (b, ...); with return_path all states from x0 on, (N+1, b, ...)
-    "Integrate the guided velocity from x0 at t = 0 to t = 1."
+    reverse: bool = False,  # from t = 1 to t = 0, along the same steps
+) -> Tensor:  # sample at t = 1 (with reverse at t = 0), (b, ...); with return_path all states from x0 on, (N+1, b, ...)
+    "Integrate the guided velocity from x0 at t = 0 to t = 1, or back."
     if solver not in solvers:
         raise ValueError(f"Solver {solver!r} is unknown: choose one of {', '.join(solvers)}.")
     if schedule == 'released' and solver != 'euler' and times is None:
@@ -143,6 +144,10 @@ def sample(
     guidance_scale, (low, high) = check_number('guidance_scale', guidance_scale, -MAX_GUIDANCE, MAX_GUIDANCE), check_interval(guidance_interval)
     dtype = torch.promote_types(x0.dtype, torch.float32)
     starts, steps = time_grid(num_inference_steps, schedule, dtype) if times is None else given_grid(times, dtype)
+    if reverse:
+        if schedule == 'released' and times is None:
+            raise ValueError("Schedule 'released' evaluates the velocity at times that are not the state's, and has no reverse: use 'uniform'.")
+        starts, steps = (starts + steps).flip(0), -steps.flip(0)
     evaluate = getattr(velocity, 'cfg', partial(cfg_velocity, velocity))
     if hasattr(velocity, 'prepare'):                                             # a hint; results do not depend on it
         velocity.prepare((starts[:, None] + steps[:, None] * torch.tensor(offsets[solver], dtype=dtype, device='cpu')).flatten())

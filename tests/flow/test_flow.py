@@ -1,5 +1,6 @@
 "The flow's mathematics: closed forms, an independent ODE solver, and the numbers of the authors' code."
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -312,3 +313,45 @@ def test_other_bad_arguments():
     with pytest.raises(ValueError, match='0.*1.*5'):
         sample_time(3, 'mixture', p_start=1.5)
     assert schedules == ('uniform', 'released')
+
+
+@pytest.mark.parametrize('solver, steps, error', [('euler', 4000, 3e-3), ('heun', 200, 1e-4), ('midpoint', 200, 1e-4), ('ab2', 400, 1e-4)])
+def test_a_linear_flow_is_followed_back_in_closed_form(solver, steps, error):
+    "v = a x + b t: x1 is known for every x0, and reversal finds x0 again."
+    a, b = -.7, 1.3
+    def velocity(x, t, indicator): return a * x + b * t.reshape(-1, 1)
+    x0 = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x1 = x0 * math.exp(a) + b * (math.exp(a) - 1 - a) / a**2
+    how = dict(num_inference_steps=steps, solver=solver, guidance_scale=1)
+    assert torch.allclose(sample(velocity, x0, **how), x1, atol=error) and torch.allclose(sample(velocity, x1, reverse=True, **how), x0, atol=error)
+    path = sample(velocity, x1, reverse=True, return_path=True, **how)
+    assert torch.equal(path[0], x1) and len(path) == steps + 1 and torch.allclose(path[-1], x0, atol=error)
+
+
+def test_reversal_takes_the_same_steps_backwards():
+    seen = []
+    def velocity(x, t, indicator):
+        seen.append(round(t.flatten()[0].item(), 6))
+        return torch.ones_like(x)
+    for how in (dict(num_inference_steps=4), dict(times=(0, .1, .5, 1))):
+        end = sample(velocity, torch.ones(2, 3), guidance_scale=1, reverse=True, **how)
+        assert torch.allclose(end, torch.zeros(2, 3), atol=1e-6)
+    assert seen == [1, .75, .5, .25, 1, .5, .1]
+    with pytest.raises(ValueError, match='released'):
+        sample(velocity, torch.ones(2, 3), schedule='released', reverse=True)
+
+
+def test_the_shipped_flow_goes_back_to_the_text_it_came_from():
+    from flowtok.pipeline import FlowTokPipeline
+    pipe = FlowTokPipeline.from_pretrained()
+    _, mean, std = pipe.encode_prompts(pipe.text_encoder.tokenize(['a blue star', 'a red ring', 'two green bars', 'a large yellow cross']))
+    x0 = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for steps in (10, 40):
+        how = dict(num_inference_steps=steps, solver='heun', guidance_scale=1.)
+        x1 = sample(pipe.velocity('text-to-image'), x0, **how)
+        back = sample(pipe.velocity('text-to-image'), x1, reverse=True, **how)
+        errors.append(((back - x0).square().mean() / x0.square().mean()).sqrt().item())
+    assert errors[1] < errors[0] / 2 and errors[1] < .1, errors
+    own = torch.cdist(back.flatten(1), mean.flatten(1)).argmin(1)
+    assert own.tolist() == [0, 1, 2, 3]                          # and lands at its own caption
