@@ -21,7 +21,6 @@ from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..config import WORDS, FlowTokConfig, TextConfig, canonical, split_words
@@ -274,32 +273,26 @@ class TransformersTextEncoder(nn.Module):
         "Stays in eval mode."
         return super().train(False)
 
-# %% ../../nbs/models/03_text.ipynb #df13c917
-@patch
-def tokenize(self: TransformersTextEncoder, texts: list[str]) -> Tensor:  # ids, (b, n) long
-    "Token ids of the model's tokenizer, its own start and end included; 0 pads."
-    rows = self.words(checked_captions(texts), add_special_tokens=False)['input_ids']
-    start = [] if self.start is None else [self.start]
-    for text, row in zip(texts, rows):
-        if not row:
-            raise ValueError(f"The prompt {text!r} holds no words.")
-    return pad_ids([[*start, *row, self.end] for row in rows], self.config.length)
+    def tokenize(self, texts: list[str]) -> Tensor:  # ids, (b, n) long
+        "Token ids of the model's tokenizer, its own start and end included; 0 pads."
+        rows = self.words(checked_captions(texts), add_special_tokens=False)['input_ids']
+        start = [] if self.start is None else [self.start]
+        for text, row in zip(texts, rows):
+            if not row:
+                raise ValueError(f"The prompt {text!r} holds no words.")
+        return pad_ids([[*start, *row, self.end] for row in rows], self.config.length)
 
+    def decode_ids(self, ids: Tensor) -> list[str]:  # ids (b, n)
+        "Captions of ids: the words before the first end id."
+        rows = [row[:row.index(self.end)] if self.end in row else row for row in ids.tolist()]
+        return [self.words.decode([i for i in row if i], skip_special_tokens=True).strip() for row in rows]
 
-@patch
-def decode_ids(self: TransformersTextEncoder, ids: Tensor) -> list[str]:  # ids (b, n)
-    "Captions of ids: the words before the first end id."
-    rows = [row[:row.index(self.end)] if self.end in row else row for row in ids.tolist()]
-    return [self.words.decode([i for i in row if i], skip_special_tokens=True).strip() for row in rows]
-
-
-@patch
-def forward(self: TransformersTextEncoder, ids: Tensor) -> Tensor:  # ids (b, n)
-    "Text features of ids; no position attends to padding."
-    ends = (ids == self.end).int()
-    mask = ends.cumsum(1) - ends == 0                                            # (b, n), up to the first end
-    ids = torch.where(mask, ids, self.words.pad_token_id or 0)
-    return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state           # (b, n, c)
+    def forward(self, ids: Tensor) -> Tensor:  # ids (b, n)
+        "Text features of ids; no position attends to padding."
+        ends = (ids == self.end).int()
+        mask = ends.cumsum(1) - ends == 0                                            # (b, n), up to the first end
+        ids = torch.where(mask, ids, self.words.pad_token_id or 0)
+        return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state           # (b, n, c)
 
 # %% ../../nbs/models/03_text.ipynb #ea772422
 class CaptionCache:

@@ -60,7 +60,7 @@ def stage_costs(config: FlowTokConfig) -> dict[str, Cost]:  # network -> one eva
 
     def mlp(width): return gated(width) if rope else 8 * width**2
     return {
-        'text tower': transformer_cost(n, c, 12, 8 * c**2) if text.encoder == 'clip' else transformer_cost(n, c, 1, gated(c)),
+        'text tower': transformer_cost(n, c, 1, gated(c)) if text.encoder == 'words' else transformer_cost(n, c, 12 if text.encoder == 'clip' else 6, 8 * c**2),  # 6: MiniLM's
         'projector': (transformer_cost(n, c, text.projector_depth, 2 * c * text.projector_hidden) + linear_cost(n, c, 2 * d)),
         'modulation': linear_cost(1, 256, w, w) + linear_cost(1, w, (6 * depth + 2) * w),
         'velocity': linear_cost(k, d, w, d) + transformer_cost(k, w, depth, 8 * w**2),
