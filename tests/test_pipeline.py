@@ -19,6 +19,7 @@ from flowtok.config import preset
 from flowtok.evaluation.metrics import psnr
 from flowtok.flow.solver import fit_grid, sample
 from flowtok.models.flowtok import direction_config
+from flowtok.models.text import tell_truncation
 from flowtok.pipeline import PARTS, FlowTokPipeline, embedded_weights
 from flowtok.data.shapes import captions, draw_scene, render
 
@@ -276,6 +277,7 @@ def test_a_device_without_float64_is_never_given_one(pipe):
 
 
 def test_a_long_prompt_is_cut_and_said_once(pipe):
+    tell_truncation.cache_clear()
     with pytest.warns(UserWarning):
         pipe([' and '.join(['a red circle'] * 9)], 1)
 

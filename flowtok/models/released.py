@@ -171,7 +171,7 @@ def build_model(
 
 # %% ../../nbs/models/05_released.ipynb #b80c38bb
 KNOWN_HEADS = {
-    'num_heads': {c.flow.width: c.flow.heads for name, c in presets.items() if name != 'tiny'},
+    'num_heads': {c.flow.width: c.flow.heads for name, c in presets.items() if name not in ('tiny', 'small')},
     'projector_num_heads': {768: 8},
     'encoder_heads': {512: 8, 768: 12, 1024: 16},
     'decoder_heads': {512: 8, 768: 12, 1024: 16}}

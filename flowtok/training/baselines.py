@@ -295,12 +295,12 @@ def step_memory(
     saved = {}
 
     def pack(x):
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage()               # held, so that its place is not used again
         return x
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), formats_of(recipe, device):
         step()
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    return (3 * learned + remembered + sum(size for place, size in saved.items() if place not in own)) / 1e6
+    return (3 * learned + remembered + sum(storage.nbytes() for place, storage in saved.items() if place not in own)) / 1e6
 
 # %% ../../nbs/training/06_baselines.ipynb #d5d591f9
 class BaselineStage(nn.Module):
