@@ -233,7 +233,7 @@ def test_a_killed_run_leaves_no_workers_behind(shards, tmp_path):
 
 
 def test_two_processes_compute_what_one_does(shards, tmp_path):
-    "Text to image, whose alignment loss and exchanged targets look at the whole batch."
+    "Text to image, whose alignment loss and exchanged targets look at the whole batch: 20 steps of AdamW, whose small gradients are rounding."
     one, two = tmp_path / 'one', tmp_path / 'two'
     train(short('tokenizer', shards, one))
     two.mkdir()
@@ -248,9 +248,11 @@ def test_two_processes_compute_what_one_does(shards, tmp_path):
         ends.append(load_file(run.weights))
     torch.manual_seed(run.seed)
     first = dict(engine.stage_classes['text-to-image'](run).trained.named_parameters())
-    moved = max((ends[0][name] - p).abs().max().item() for name, p in first.items() if name in ends[0])
-    apart = max((a - ends[1][name]).abs().max().item() for name, a in ends[0].items())
-    assert moved > 5e-4 and apart < 1e-5, (moved, apart)
+    names = [name for name in ends[0] if name in first]
+    moved = sum((ends[0][name] - first[name].detach()).square().sum() for name in names)**.5
+    apart = sum((ends[0][name] - ends[1][name]).square().sum() for name in names)**.5
+    most = max((a - ends[1][name]).abs().max().item() for name, a in ends[0].items())
+    assert moved > .1 and apart < 5e-4 * moved and most < run.recipe.learning_rate / 2, (moved, apart / moved, most)
 
 
 def test_two_processes_follow_one_through_the_small_model_s_own_recipe(shards, tmp_path):
