@@ -235,7 +235,7 @@ class EmojiShards:
         from flowtok.data.emoji import write_emoji_shards
         counts = write_emoji_shards(self.out, self.size, self.samples_per_shard)
         print('; '.join(f'{n:,} emoji are in {self.out}/{split}/*.tar' for split, n in counts.items()))
-        print(f'train on them: papermill nbs/train.ipynb -p scale small -p data {self.out}/train')
+        print(f'train on them: papermill nbs/train.ipynb -p scale small -p data {self.out}/train -p anchored yes')
 
 
 @dataclass

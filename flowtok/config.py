@@ -6,8 +6,8 @@
 __all__ = ['MAX_SIZE', 'MAX_DEPTH', 'WORDS', 'REWRITES', 'text_encoders', 'source_kinds', 'stages', 'presets', 'paper_recipes',
            'tiny_base', 'tiny_recipes', 'small_recipes', 'phases', 'single_value', 'check_integer', 'check_number',
            'check_sizes', 'check_heads', 'TokenizerConfig', 'split_words', 'canonical', 'TextConfig', 'FlowConfig',
-           'SourceConfig', 'SamplingConfig', 'FlowTokConfig', 'preset', 'to_json', 'plain_type', 'build', 'parse_json',
-           'from_json', 'check_recipe', 'Recipe', 'recipe']
+           'SourceConfig', 'SamplingConfig', 'FlowTokConfig', 'preset', 'guidance_scale_of', 'to_json', 'plain_type',
+           'build', 'parse_json', 'from_json', 'check_recipe', 'Recipe', 'recipe']
 
 # %% ../nbs/config.ipynb #f6f4197d
 import json
@@ -287,6 +287,20 @@ def preset(
     if name not in presets:
         raise ValueError(f"Scale {name!r} is unknown: choose one of {', '.join(presets)}.")
     return presets[name]
+
+
+def guidance_scale_of(
+    config: FlowTokConfig,
+    stage: str,  # 'text-to-image' or 'image-to-text'
+    scale: float | None = None,  # None for the config's default
+) -> float:
+    "Guidance scale of a flow; ValueError for any but 1 where its training had no null samples."
+    if stage in config.guided:
+        default = config.sampling.guidance if stage == 'text-to-image' else config.sampling.caption_guidance
+        return default if scale is None else scale
+    if scale not in (None, 1):
+        raise ValueError(f"guidance_scale must be 1, got {scale!r}: {stage} was trained without null samples (indicator_probability 0).")
+    return 1.
 
 # %% ../nbs/config.ipynb #b09995dc
 def to_json(

@@ -19,7 +19,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .config import FlowTokConfig, check_integer, check_number, from_json, stages, to_json
+from .config import FlowTokConfig, check_integer, check_number, from_json, guidance_scale_of, stages, to_json
 from .files import current_file, reachable, replace_files
 from .data.images import Skip, check_size, decode_image, fit_image, to_images, to_pixels, upright
 from .flow.solver import sample
@@ -62,14 +62,6 @@ class FlowTokPipeline(nn.Module):
     def __repr__(self) -> str:
         parts = ', '.join(self.parts) or 'no weights'
         return f'FlowTokPipeline({self.config.name!r}: {parts}; {self.dtype} on {self.device})'.replace('torch.', '')
-
-    def guidance(self, stage: str, scale: float | None, default: float) -> float:
-        "Guidance scale of a flow; ValueError where its training had no null samples."
-        if stage in self.config.guided:
-            return default if scale is None else scale
-        if scale not in (None, 1):
-            raise ValueError(f"guidance_scale must be 1, got {scale!r}: {stage} was trained without null samples (indicator_probability 0).")
-        return 1.
 
     def require_weights(self, *stages: str):
         "Raise RuntimeError where the weights of a stage are missing."
@@ -268,7 +260,7 @@ def stream(
     self.require_weights('tokenizer', 'text-to-image')
     default = self.config.sampling
     settings = dict(num_inference_steps=default.steps if num_inference_steps is None else num_inference_steps,
-                    guidance_scale=self.guidance('text-to-image', guidance_scale, default.guidance),
+                    guidance_scale=guidance_scale_of(self.config, 'text-to-image', guidance_scale),
                     guidance_interval=default.guidance_interval if guidance_interval is None else guidance_interval,
                     schedule=default.schedule, solver=solver, times=times)
     temperature = check_number('temperature', default.temperature if temperature is None else temperature, 0, 2)
@@ -436,7 +428,7 @@ def caption(
     batch_size = check_integer('batch_size', batch_size)
     captions, default, rows = [], self.config.sampling, 0
     settings = dict(num_inference_steps=default.caption_steps if num_inference_steps is None else num_inference_steps,
-                    guidance_scale=self.guidance('image-to-text', guidance_scale, default.caption_guidance),
+                    guidance_scale=guidance_scale_of(self.config, 'image-to-text', guidance_scale),
                     guidance_interval=guidance_interval, schedule=default.schedule, solver=solver, times=times)
     for batch in self.prepare_images(images).split(batch_size):
         n, rows = len(batch), max(rows, len(batch)) if self.compiled else 0

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['IMAGE_ENDINGS', 'VECTOR_ENDINGS', 'TABLES', 'IMAGE_COLUMNS', 'CAPTION_COLUMNS', 'FILE_ENDINGS', 'FITS', 'AHEAD',
            'ImageEntry', 'read_json', 'image_folder', 'coco_entries', 'mjhq_entries', 'first_lines', 'folder_entries',
-           'number_or_text', 'read_rows', 'find_column', 'table_entries', 'Dropped', 'resize_file', 'padded_to_square',
-           'pack_image', 'read_captions', 'make_sample', 'pack_sample', 'stats_path', 'is_done', 'pack_shard',
-           'init_converter', 'shared_map', 'check_request', 'list_reasons', 'finish_conversion', 'convert_images',
-           'convert_shards', 'dataset_rows', 'row_sample', 'convert_dataset', 'local_data']
+           'number_or_text', 'read_rows', 'find_column', 'table_entries', 'Dropped', 'resized', 'padded_to_square',
+           'encode_image', 'decode_file', 'pack_image', 'read_captions', 'make_sample', 'pack_sample', 'stats_path',
+           'is_done', 'pack_shard', 'init_converter', 'shared_map', 'check_packing', 'check_request', 'list_reasons',
+           'finish_conversion', 'convert_images', 'convert_shards', 'dataset_rows', 'row_sample', 'convert_dataset',
+           'local_data']
 
 # %% ../../nbs/data/07_convert.ipynb #5e54e3fb
 import csv
@@ -202,63 +203,71 @@ def table_entries(
 
 # %% ../../nbs/data/07_convert.ipynb #8840050c
 FILE_ENDINGS = {'JPEG': 'jpg', 'MPO': 'jpg', 'PNG': 'png', 'WEBP': 'webp'}  # Pillow's word -> member of a shard
+FITS = 'crop', 'pad'
 
 
 class Dropped(Exception):
     "An image is not converted; the message is the reason."
 
 
-def resize_file(image: Image.Image, ending: str, size: int) -> bytes:
-    "Rotate an image file upright and resize its shorter side."
-    image, stream = ImageOps.exif_transpose(image), io.BytesIO()
+def resized(image: Image.Image, size: int) -> Image.Image:
+    "Resize the shorter side of an image; transparency is kept."
     ratio = size / min(image.size)
     image = image.convert('RGBA' if image.has_transparency_data else 'RGB')
-    image = image.resize([max(size, round(n * ratio)) for n in image.size], Image.Resampling.BICUBIC)
-    image.save(stream, **{**ENCODINGS, 'webp': {'format': 'WEBP', 'quality': 95}}[ending])
-    return stream.getvalue()
+    return image.resize([max(size, round(n * ratio)) for n in image.size], Image.Resampling.BICUBIC)
 
 
-def padded_to_square(
-    image: Image.Image,
-) -> Image.Image:  # RGB
-    "An image upright in the middle of a white square."
-    image = to_rgb(ImageOps.exif_transpose(image))
+def padded_to_square(image: Image.Image) -> Image.Image:  # RGB
+    "Put an image in the middle of a white square."
+    image = to_rgb(image)
     square = Image.new('RGB', (max(image.size),) * 2, 'white')
     square.paste(image, [(side - own) // 2 for side, own in zip(square.size, image.size)])
     return square
 
 
-FITS = 'crop', 'pad'
+def encode_image(image: Image.Image, ending: str) -> bytes:
+    "Encode an image in the format of an ending."
+    stream = io.BytesIO()
+    image.save(stream, **{**ENCODINGS, 'webp': {'format': 'WEBP', 'quality': 95}}[ending])
+    return stream.getvalue()
 
-
-def pack_image(
+# %% ../../nbs/data/07_convert.ipynb #ed0c3ff2
+def decode_file(
     data: bytes,  # an image file
-    size: int | None = None,  # its shorter side at most, pixels; None keeps every byte
-    fit: str = 'crop',  # one of FITS: 'crop' keeps the sides, of which training crops a square; 'pad' makes a square
-    min_side: int = 0,  # pixels of the shorter side; smaller images are dropped
-) -> tuple[str, bytes, dict]:  # ending, image file, and the widths and heights for the .json
-    "Check an image and encode it for a shard; Dropped where it cannot be decoded."
+) -> Image.Image:  # decoded, its format kept
+    "Decode an image file; Dropped where it cannot be."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             warnings.simplefilter('error', Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             image.load()
-            kind, ending, original = image.format, FILE_ENDINGS.get(image.format, 'png'), image.size
-            if fit == 'pad' and image.width != image.height or kind not in FILE_ENDINGS:
-                stream = io.BytesIO()
-                image = padded_to_square(image) if fit == 'pad' else to_rgb(image)
-                image.save(stream, **{**ENCODINGS, 'webp': {'format': 'WEBP', 'quality': 95}}[ending])
-                data = stream.getvalue()
-            if size and min(original) > size and image.mode[0] not in 'IF':      # 16 bits begin with I
-                data = resize_file(image, ending, size)
-                image, original = Image.open(io.BytesIO(data)), ImageOps.exif_transpose(image).size
+            return image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise Dropped('too many pixels') from None
     except Exception:                               # a broken file fails in as many ways as there are formats
         raise Dropped('unreadable image') from None
+
+
+def pack_image(
+    data: bytes,  # an image file
+    size: int | None = None,  # its shorter side at most, pixels; None keeps every byte of a JPEG, PNG or WebP
+    fit: str = 'crop',  # one of FITS: 'crop' keeps the sides, of which training crops a square; 'pad' makes a square
+    min_side: int = 0,  # pixels of the shorter side; smaller images are dropped
+) -> tuple[str, bytes, dict]:  # ending, image file, and the widths and heights for the .json
+    "Check an image and encode it for a shard; Dropped where it cannot be decoded or is too small."
+    image = decode_file(data)
+    ending, original = FILE_ENDINGS.get(image.format, 'png'), image.size
     if min(original) < min_side:
         raise Dropped(f'smaller than {min_side} pixels')
+    pad = fit == 'pad' and image.width != image.height
+    shrink = size and (max if pad else min)(original) > size and image.mode[0] not in 'IF'       # 16 bits begin with I
+    if pad or shrink or image.format not in FILE_ENDINGS:
+        image = ImageOps.exif_transpose(image)
+        original = image.size
+        image = padded_to_square(image) if pad else image
+        data = encode_image(resized(image, size) if shrink else image if pad else to_rgb(image), ending)
+        image = Image.open(io.BytesIO(data))
     sizes = dict(zip(('width', 'height', 'original_width', 'original_height'), (*image.size, *original)))
     return ending, data, sizes
 
@@ -400,6 +409,19 @@ def shared_map(
         signal.signal(signal.SIGINT, handler)
 
 # %% ../../nbs/data/07_convert.ipynb #61c7c314
+def check_packing(
+    size: int | None,  # these as for `pack_image`
+    fit: str,
+    min_side: int,
+):
+    "Raise ValueError unless the options of `pack_image` are possible."
+    if size is not None:
+        check_integer('size', size)
+    if fit not in FITS:
+        raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}.")
+    check_integer('min_side', min_side, 0)
+
+
 def check_request(
     name: str,  # of the set
     entries: list[ImageEntry],
@@ -462,10 +484,9 @@ def convert_images(
     progress: bool = False,  # show a bar with the time left
 ) -> dict:  # what source.json holds
     "Write a data set as shards; finished shards are kept."
-    check_request(name, entries, folder, size=size, samples_per_shard=samples_per_shard, processes=processes)
-    if fit not in FITS:
-        raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}.")
-    out, n, make = Path(out), samples_per_shard, partial(make_sample, folder=folder, size=size, fit=fit, min_side=check_integer('min_side', min_side, 0))
+    check_request(name, entries, folder, samples_per_shard=samples_per_shard, processes=processes)
+    check_packing(size, fit, min_side)
+    out, n, make = Path(out), samples_per_shard, partial(make_sample, folder=folder, size=size, fit=fit, min_side=min_side)
     listed = data_identity(name, {}, map(json.dumps, entries))['hash']
     plan = dict(name=name, pictures=len(entries), list=listed, size=size, samples_per_shard=n)
     plan |= {name: value for name, value in (('fit', fit), ('min_side', min_side)) if value not in ('crop', 0)}
@@ -557,11 +578,10 @@ def convert_dataset(
 ) -> dict:  # what source.json holds
     "Write a Hugging Face data set as shards; finished shards are kept."
     from tqdm.auto import tqdm
-    if fit not in FITS:
-        raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}.")
-    for option, number in dict(size=size, samples_per_shard=samples_per_shard, limit=limit).items():
-        if number is not None:
-            check_integer(option, number)
+    check_packing(size, fit, min_side)
+    check_integer('samples_per_shard', samples_per_shard)
+    if limit is not None:
+        check_integer('limit', limit)
     rows, columns = dataset_rows(str(name), split)
     image = find_column([dict.fromkeys(columns)], name, 'image', (image_column,) if image_column else IMAGE_COLUMNS)
     caption = find_column([dict.fromkeys(columns)], name, 'caption', (caption_column,) if caption_column else CAPTION_COLUMNS)
@@ -578,7 +598,7 @@ def convert_dataset(
                 entries.append(ImageEntry(f'{i:09d}', f'row {i}', texts, facts))
             if not is_done(shard):
                 pack_shard(shard, entries, (row_sample(entry, row[image], size, fit, min_side) for entry, (_, row) in zip(entries, batch)), bar.update)
-            pieces[shard] = entries
+            pieces[shard] = [entry._replace(captions=None, facts={}) for entry in entries]       # all that the end needs is keys
         if not pieces:
             raise ValueError(f"The data set {name!r} holds no rows.")
         return finish_conversion(out, about | {'pictures': sum(map(len, pieces.values()))}, pieces)

@@ -7,6 +7,7 @@ __all__ = ['TONES', 'GENDERS', 'TONE', 'emoji_font', 'draw_emoji', 'person_of', 
            'emoji_names', 'emoji_list', 'emoji_sample', 'write_emoji_shards', 'emoji_table']
 
 # %% ../../nbs/data/08_emoji.ipynb #c0716f44
+import csv
 import hashlib
 import io
 import json
@@ -52,7 +53,7 @@ TONE = re.compile(r'(?<![\w-])(medium-light|medium-dark|light|medium|dark) skin 
 def person_of(
     name: str,  # of an emoji, or a caption in other words
 ) -> tuple[str, str, str]:  # role, gender, tone; '' for a role that is none of a single person
-    "Role, gender and skin tone that a name tells."
+    "Parse role, gender and skin tone from a name."
     name = re.sub(r'\s*-\s*', '-', ' '.join(re.sub(r'[:,.!?]', ' ', name.lower()).split()))
     tones, rest = TONE.findall(name), TONE.sub(' ', name)
     genders = re.findall(r'\b(person|woman|man)\b', rest)
@@ -64,7 +65,7 @@ def person_of(
 # %% ../../nbs/data/08_emoji.ipynb #c2bbde0d
 @dataclass(frozen=True)
 class Emoji:
-    "One emoji, its name and what the name tells."
+    "An emoji, its name and the attributes parsed from the name."
     text: str  # its characters
     name: str  # its caption
     group: str  # 'person' (of the grid), 'people and body', 'flag' or 'other'
@@ -158,12 +159,14 @@ def emoji_table(
     folder: str | Path,  # of images named by code points, hexadecimal with hyphens
     table: str | Path,  # .csv to write: file, caption
 ) -> int:  # images with a name
-    "Write the names of a folder of emoji images as a table of captions; flags are left out, since their names say nothing that can be drawn."
+    "Write the names of a folder of emoji images as a table of captions, without flags, whose names do not describe their drawings."
     code_points = lambda text: '-'.join(f'{ord(c):x}' for c in text if c != '\ufe0f')
     names = {code_points(text): name for text, name in emoji_names().items() if not name.startswith('flag of')}
     files = {path: names.get('-'.join(part for part in path.stem.lower().split('-') if part != 'fe0f')) for path in sorted(Path(folder).rglob('*')) if path.is_file()}
     rows = [(path.relative_to(folder).as_posix(), name) for path, name in files.items() if name]
     if not rows:
         raise ValueError(f"Folder {folder} holds no image that is named by the code points of an emoji, as 1f34e.png.")
-    write_atomically(table, ''.join(f'{file},{name}\n' for file, name in [('file', 'caption'), *rows]))
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows([('file', 'caption'), *rows])
+    write_atomically(table, text.getvalue())
     return len(rows)

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['resolution', 'watermark', 'paper_sources', 'Source', 'find_sources', 'list_sources', 'describe_sources', 'number_in',
-           'size_of', 'check_filters', 'clean_recaption', 'keep_known', 'choose_caption', 'common_words',
-           'vocabulary_losses', 'ImageReader', 'CaptionReader', 'TokenReader', 'use_sample']
+           'size_of', 'check_filters', 'clean_recaption', 'keep_known', 'choose_caption', 'caption_words',
+           'common_words', 'vocabulary_losses', 'ImageReader', 'CaptionReader', 'TokenReader', 'use_sample']
 
 # %% ../../nbs/data/04_mixture.ipynb #5d2329fa
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -198,20 +198,27 @@ def choose_caption(
     return captions[0 if first else rng.integers(len(captions))]
 
 # %% ../../nbs/data/04_mixture.ipynb #ef154a6c
+def caption_words(
+    sources: list[Source],  # from `find_sources`
+    look: int = 100_000,  # samples, of all sources together
+) -> Iterator[list[str]]:
+    "Words of each caption."
+    for source in sources:
+        samples = (sample for shard in find_shards(source.shards) for sample in read_shard(shard, Counter()))
+        for sample in islice(samples, max(1, look // len(sources))):
+            try:
+                yield from map(split_words, captions_of(sample, source.caption_key))
+            except Skip:
+                pass
+
+
 def common_words(
     sources: list[Source],  # from `find_sources`
     most: int = 4000,  # words
     look: int = 100_000,  # samples, of all sources together
 ) -> tuple[str, ...]:  # the most frequent first
     "Most frequent words of the captions."
-    counts = Counter()
-    for source in sources:
-        samples = (sample for shard in find_shards(source.shards) for sample in read_shard(shard, Counter()))
-        for sample in islice(samples, max(1, look // len(sources))):
-            try:
-                counts.update(split_words(' '.join(captions_of(sample, source.caption_key))))
-            except Skip:
-                pass
+    counts = Counter(word for words in caption_words(sources, look) for word in words)
     return tuple(word for word, _ in counts.most_common(most))
 
 # %% ../../nbs/data/04_mixture.ipynb #305b9e3c
@@ -221,17 +228,12 @@ def vocabulary_losses(
     length: int,  # ids of a caption, its end among them
     look: int = 100_000,  # samples, of all sources together
 ) -> str:
-    "Say how many words fall out of a vocabulary, and how many captions are cut."
+    "Count the words outside a vocabulary and the captions that are cut, as a sentence."
     known, captions, cut, lost = set(words), 0, 0, Counter()
-    for source in sources:
-        samples = (sample for shard in find_shards(source.shards) for sample in read_shard(shard, Counter()))
-        for sample in islice(samples, max(1, look // len(sources))):
-            try:
-                texts = [split_words(text) for text in captions_of(sample, source.caption_key)]
-            except Skip:
-                continue
-            captions, cut = captions + len(texts), cut + sum(sum(word in known for word in text) >= length for text in texts)
-            lost.update(word for text in texts for word in text if word not in known)
+    for text in caption_words(sources, look):
+        captions += 1
+        cut += sum(word in known for word in text) >= length
+        lost.update(word for word in text if word not in known)
     return (f"{captions:,} captions: {len(lost):,} different words ({lost.total():,} in all) are not among the {len(words):,} of the vocabulary and are left out, "
             f"{cut:,} captions have more than {length - 1} words and are cut.")
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['blurred', 'squared_distances', 'drawing_numbers', 'Gallery', 'efficientnet_features', 'find_stand_in', 'share',
-           'retrieval_scores', 'copy_share', 'name_scores', 'own_data_scores', 'score_rows']
+           'person_scores', 'retrieval_scores', 'copy_share', 'name_scores', 'own_data_scores', 'score_rows']
 
 # %% ../../nbs/evaluation/05_retrieval.ipynb #30cdf3f7
 from collections.abc import Callable
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..data.emoji import person_of
-from .features import Extractor, RESIZES, fid_interval, reference_of
-from .metrics import accuracy_interval
+from .features import Extractor, RESIZES, fid_interval, find_extractors, reference_of
+from .metrics import accuracy_interval, caption_scores, psnr
 
 # %% ../../nbs/evaluation/05_retrieval.ipynb #be5347fa
 def blurred(
@@ -99,6 +99,14 @@ def share(
     return {'percent': 100 * float(right.mean()), 'low': 100 * low, 'high': 100 * high, 'n': len(right)}
 
 
+def person_scores(
+    pairs: list[tuple[tuple, list[tuple]]],  # true attributes, from `person_of`, and those that count as the answer
+) -> dict[str, dict]:  # tone, gender, role, all three -> percent, low, high, n
+    "Accuracy of each attribute of a person, and of all three together."
+    parts = {part: share([any(true[i] == answer[i] for answer in answers) for true, answers in pairs]) for part, i in (('tone', 2), ('gender', 1), ('role', 0))}
+    return parts | {'all three': share([true in answers for true, answers in pairs])}
+
+
 def retrieval_scores(
     images: Tensor,  # generated, (m, 3, h, w)
     own: list[int],  # index of each one's own image in the gallery
@@ -110,12 +118,10 @@ def retrieval_scores(
     scores = {'top-1': share(found[:, 0] == numbers[own]), 'top-5': share((found == numbers[own, None]).any(1))}
     if names is None:
         return scores
-    shared = {}                                                                  # drawing -> what its names tell
+    shared = {}                                                                  # drawing -> attributes of its names
     for number, name in zip(numbers.tolist(), names):
         shared.setdefault(number, []).append(person_of(name))
-    pairs = [(person_of(names[i]), shared[j]) for i, j in zip(own.tolist(), found[:, 0].tolist())]
-    parts = {part: np.array([any(a[i] == b[i] for b in several) for a, several in pairs]) for i, part in enumerate(('role', 'gender', 'tone'))}
-    return scores | {part: share(parts[part]) for part in ('tone', 'gender', 'role')} | {'all three': share([a in several for a, several in pairs])}
+    return scores | person_scores([(person_of(names[i]), shared[j]) for i, j in zip(own.tolist(), found[:, 0].tolist())])
 
 
 def copy_share(
@@ -133,12 +139,10 @@ def name_scores(
     captions: list[str],  # generated
     names: list[str],  # true
 ) -> dict[str, dict]:  # exact, tone, gender, role, all three -> percent, low, high, n
-    "How much of a name a caption tells; spelling of hyphens and colons does not matter."
-    pairs = [(person_of(a), person_of(b)) for a, b in zip(captions, names)]
-    parts = {part: np.array([a[i] == b[i] for a, b in pairs]) for i, part in enumerate(('role', 'gender', 'tone'))}
+    "Accuracy of captions: exact name, tone, gender, role; case, spaces and punctuation are ignored."
     plain = lambda text: ''.join(c for c in text.lower() if c.isalnum())
-    exact = np.array([plain(a) == plain(b) for a, b in zip(captions, names)])
-    return {'exact': share(exact)} | {part: share(parts[part]) for part in ('tone', 'gender', 'role')} | {'all three': share(np.all(list(parts.values()), 0))}
+    exact = share([plain(caption) == plain(name) for caption, name in zip(captions, names)])
+    return {'exact': exact} | person_scores([(person_of(name), [person_of(caption)]) for caption, name in zip(captions, names)])
 
 # %% ../../nbs/evaluation/05_retrieval.ipynb #4a7692c2
 def own_data_scores(
@@ -149,8 +153,6 @@ def own_data_scores(
     batch_size: int = 64,
 ) -> dict:  # psnr (dB); retrieval of reconstructions and of generated images; distance, its features; caption scores
     "Scores of a model on images of its own data."
-    from flowtok.evaluation.features import find_extractors
-    from flowtok.evaluation.metrics import caption_scores, psnr
     scores, own, gallery, extractor = {'n': len(images)}, list(range(len(images))), Gallery(images), find_stand_in() or next(iter(find_extractors().values()))
     if 'tokenizer' in pipe.parts:
         with torch.no_grad():

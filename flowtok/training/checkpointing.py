@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STOP_SIGNALS', 'MAX_SOURCE_SNR', 'MAX_SOURCE_COSINE', 'COLLAPSE_STEP', 'save_state', 'checkpoints', 'newest_state',
            'set_aside', 'all_gather_object', 'training_state', 'restore', 'save_checkpoint', 'run_identity',
-           'check_identity', 'merge_config', 'check_folder', 'Stopped', 'GracefulStop', 'Log', 'loggable_values',
-           'collapse_warning', 'make_sheet', 'show_progress', 'progress_line']
+           'check_identity', 'other_stages', 'merge_config', 'check_folder', 'Stopped', 'GracefulStop', 'Log',
+           'loggable_values', 'collapse_warning', 'make_sheet', 'show_progress', 'progress_line']
 
 # %% ../../nbs/training/03_checkpointing.ipynb #15de61ee
 import hashlib
@@ -149,23 +149,29 @@ def check_identity(
     return changed
 
 
+def other_stages(
+    run: Run,
+) -> tuple[list[str], FlowTokConfig | None]:  # stages, and the config of the folder; None where there is none of either
+    "Other stages with finished weights in the folder of a run."
+    path, others = Path(run.out) / 'config.json', [stage for stage in stages if stage != run.stage and weights_file(run.out, stage).exists()]
+    return others, from_json(path.read_text()) if others and path.exists() else None
+
+
 def merge_config(run: Run) -> FlowTokConfig:
     "Config of the folder after a run: what belongs to the flows of other stages stays as their training left it."
-    config, path = run.config, Path(run.out) / 'config.json'
-    others = [stage for stage in stages if stage != run.stage and weights_file(run.out, stage).exists()]
-    if not (others and path.exists()):
+    config, (others, held) = run.config, other_stages(run)
+    if held is None:
         return config
-    held = from_json(path.read_text())
     guided = tuple(stage for stage in stages[2:] if stage in (held if stage in others else config).guided)
     return replace(config, guided=guided, source=held.source if 'text-to-image' in others else config.source)
 
 
 def check_folder(run: Run):
     "Raise ValueError where the folder holds finished weights of other sizes: one folder is one pipeline."
-    path, others = Path(run.out) / 'config.json', [stage for stage in stages if stage != run.stage and weights_file(run.out, stage).exists()]
-    if others and path.exists():
+    others, present = other_stages(run)
+    if present is not None:
         held, own = (asdict(replace(config, name='', source=SourceConfig(), sampling=SamplingConfig(), guided=()))
-                     for config in (from_json(path.read_text()), run.config))
+                     for config in (present, run.config))
         different = [name for name in own if held[name] != own[name]]
         if different:
             raise ValueError(f"{run.out} holds the weights of {', '.join(others)} with another {' and '.join(different)}: choose another folder.")

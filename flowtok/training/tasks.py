@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..files import atomic_path
-from ..config import WORDS, FlowTokConfig, Recipe, check_integer, check_number, from_json, preset, presets, recipe, stages
+from ..config import WORDS, FlowTokConfig, Recipe, check_integer, check_number, from_json, guidance_scale_of, preset, presets, recipe, stages
 from ..flow.path import ShardedRandom, draw
 from ..flow.solver import sample
 from ..models.layers import DiagonalGaussian
@@ -302,9 +302,8 @@ def pictures(self: FlowStage, moments: Tensor, ids: Tensor) -> Tensor | None:  #
     if not self.from_text:
         return None
     start, settings = self.trained.project(self.features(ids)), self.run.config.sampling
-    guidance = settings.guidance if self.run.stage in self.run.config.guided else 1.
     z = start.mean + settings.temperature * start.std * torch.randn_like(start.mean)
-    z = sample(self.trained.velocity, z, num_inference_steps=settings.steps, guidance_scale=guidance,
+    z = sample(self.trained.velocity, z, num_inference_steps=settings.steps, guidance_scale=guidance_scale_of(self.run.config, self.run.stage),
                guidance_interval=settings.guidance_interval)
     return self.tokenizer.decode(self.tokenizer.from_flow(z))
 
@@ -314,9 +313,9 @@ def captions(self: FlowStage, moments: Tensor, ids: Tensor) -> list[str] | None:
     "Sample captions with the default settings."
     if self.from_text:
         return None
-    settings, guided = self.run.config.sampling, self.run.stage in self.run.config.guided
+    settings = self.run.config.sampling
     z = sample(self.trained.velocity, self.image_tokens(moments, ShardedRandom()), num_inference_steps=settings.caption_steps,
-               guidance_scale=settings.caption_guidance if guided else 1.)
+               guidance_scale=guidance_scale_of(self.run.config, self.run.stage))
     return self.text_encoder.decode_ids(self.text.decoder(z).argmax(-1))
 
 # %% ../../nbs/training/01_tasks.ipynb #d9aa05ee

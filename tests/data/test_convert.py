@@ -239,6 +239,10 @@ def test_images_of_any_format_small_ones_long_ones_and_drawings(here):
         assert {ending for sample in samples.values() for ending in sample if not ending.startswith('__')} == {'png', 'jpg', 'txt', 'json'} - ({'jpg'} if 'min_side' in how else set())
         long = Image.open(io.BytesIO(samples['e']['png']))
         assert long.size == size and (np.asarray(long)[0, 0] == (255 if how.get('fit') else (255, 0, 0))).all()
+    sizes = pack_image(image_file('PNG', (40, 20)), 16, 'pad')[2]                # the whole image within 16 pixels
+    assert sizes == dict(width=16, height=16, original_width=40, original_height=20)
+    for how in ((None, 'crop', 21), (16, 'crop', 21), (16, 'pad', 21)):          # the shorter side as it came
+        with pytest.raises(Dropped): pack_image(image_file('PNG', (40, 20)), *how)
     with pytest.raises(ValueError, match='fit.*crop.*stretch'):
         convert_images('any', entries, folder, here / 'other', fit='stretch')
 

@@ -43,6 +43,16 @@ def test_features_are_the_models_and_padding_is_masked(bert, config):
     assert not encoder.train().training and not encoder.model.training
 
 
+def test_an_encoder_and_decoder_gives_its_encoder(bert, config, tmp_path):
+    from transformers import AutoModel, AutoTokenizer, T5Config, T5Model
+    words = AutoTokenizer.from_pretrained(bert)
+    words.save_pretrained(tmp_path)
+    T5Model(T5Config(vocab_size=len(WORDS), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)).save_pretrained(tmp_path)
+    encoder = TransformersTextEncoder(config, tmp_path)
+    given, expected = words('a red star', return_tensors='pt'), AutoModel.from_pretrained(tmp_path).eval().get_encoder()
+    assert torch.allclose(encoder(encoder.tokenize('a red star'))[0, :5], expected(input_ids=given['input_ids'], attention_mask=given['attention_mask']).last_hidden_state[0], atol=1e-5)
+
+
 def test_captions_come_back_and_unknown_words_are_no_error(bert, config):
     encoder = TransformersTextEncoder(config, bert)
     for text in ('a red star', 'cats', 'dark - red : star'):

@@ -232,8 +232,29 @@ def test_a_killed_run_leaves_no_workers_behind(shards, tmp_path):
     assert not alive(run)
 
 
+def without_key_biases(weights):
+    """Weights by name, but for the biases of keys.
+
+    Softmax does not change when all logits of a query grow by the same number: such a bias changes no output, its true gradient is zero,
+    and an optimizer that normalises gradients follows their rounding."""
+    kept = {}
+    for name, x in weights.items():
+        if name.endswith('qkv.bias'):
+            kept |= {f'{name}, q': x.chunk(3)[0], f'{name}, v': x.chunk(3)[2]}
+        elif not name.endswith('k.bias'):
+            kept[name] = x.detach()
+    return kept
+
+
+def moved_and_apart(run, one, two):
+    "The largest change of a weight by a run, and the largest difference of two runs."
+    torch.manual_seed(run.seed)
+    first, one, two = map(without_key_biases, (dict(engine.stage_classes[run.stage](run).trained.named_parameters()), one, two))
+    return max((one[name] - x).abs().max().item() for name, x in first.items() if name in one), max((x - two[name]).abs().max().item() for name, x in one.items())
+
+
 def test_two_processes_compute_what_one_does(shards, tmp_path):
-    "Text to image, whose alignment loss and exchanged targets look at the whole batch: 20 steps of AdamW, whose small gradients are rounding."
+    "Text to image, whose alignment loss and exchanged targets look at the whole batch."
     one, two = tmp_path / 'one', tmp_path / 'two'
     train(short('tokenizer', shards, one))
     two.mkdir()
@@ -246,29 +267,20 @@ def test_two_processes_compute_what_one_does(shards, tmp_path):
         cache_tokens(run)
         list(launch(run, processes))
         ends.append(load_file(run.weights))
-    torch.manual_seed(run.seed)
-    first = dict(engine.stage_classes['text-to-image'](run).trained.named_parameters())
-    names = [name for name in ends[0] if name in first]
-    moved = sum((ends[0][name] - first[name].detach()).square().sum() for name in names)**.5
-    apart = sum((ends[0][name] - ends[1][name]).square().sum() for name in names)**.5
-    most = max((a - ends[1][name]).abs().max().item() for name, a in ends[0].items())
-    assert moved > .1 and apart < 5e-4 * moved and most < run.recipe.learning_rate / 2, (moved, apart / moved, most)
+    moved, apart = moved_and_apart(run, *ends)
+    assert moved > 5e-4 and apart < 1e-6, (moved, apart)
 
 
 def test_two_processes_follow_one_through_the_small_model_s_own_recipe(shards, tmp_path):
-    "Muon, 30 steps: each update is orthogonalised, so rounding grows; what is promised is 2e-3 of what the weights have moved."
+    "Muon, 30 steps."
     ends = []
     for processes in (1, 2):
         run = short('text', shards, tmp_path / str(processes), steps=30, warmup=5, ema=0., matrix_learning_rate=5e-3, batch_size=16)
         assert run.recipe.optimizer == 'muon'
         list(launch(run, processes))
         ends.append(load_file(run.weights))
-    torch.manual_seed(run.seed)
-    first = dict(engine.stage_classes['text'](run).trained.named_parameters())
-    names = [name for name in ends[0] if name in first]
-    moved = sum((ends[0][name] - first[name].detach()).square().sum() for name in names)**.5
-    apart = sum((ends[0][name] - ends[1][name]).square().sum() for name in names)**.5
-    assert moved > 1 and apart < 2e-3 * moved, (moved, apart)
+    moved, apart = moved_and_apart(run, *ends)
+    assert moved > .01 and apart < 1e-5, (moved, apart)
 
 
 class Line(nn.Module):
