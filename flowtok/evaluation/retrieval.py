@@ -36,7 +36,6 @@ def squared_distances(
     "Squared Euclidean distances of all pairs."
     return (a.square().sum(1)[:, None] - 2 * a @ b.T + b.square().sum(1)).clamp(min=0)
 
-
 # %% ../../nbs/evaluation/05_retrieval.ipynb #5634b4a6
 def drawing_numbers(
     gallery: Tensor,  # (n, 3, h, w) in [0, 1]
@@ -173,16 +172,21 @@ def score_rows(
     scores: dict,  # of `own_data_scores`
 ) -> list[dict]:  # measure, value, low, high, n
     "Scores of one's own data as rows of a table."
-    rows = [{'measure': 'reconstruction PSNR, dB', 'value': scores['psnr'], 'low': None, 'high': None, 'n': scores['n']}] if 'psnr' in scores else []
+    rows = []
+
+    def add(measure, value, low=None, high=None):
+        rows.append({'measure': measure, 'value': value, 'low': low, 'high': high, 'n': scores['n']})
+    if 'psnr' in scores:
+        add('reconstruction PSNR, dB', scores['psnr'])
     for what, title in (('reconstruction', 'reconstruction'), ('generated', 'text to image')):
-        rows += [{'measure': f'{title}, {name} (%)', 'value': one['percent'], 'low': one['low'], 'high': one['high'], 'n': one['n']} for name, one in scores.get(what, {}).items()]
+        for name, one in scores.get(what, {}).items():
+            add(f'{title}, {name} (%)', one['percent'], one['low'], one['high'])
     if 'distance' in scores:
         one = scores['distance']
-        rows.append({'measure': f"Frechet distance, {one['features']} features", 'value': one['fid'], 'low': one['low'], 'high': one['high'], 'n': scores['n']})
-    for name in ('BLEU-4', 'ROUGE-L', 'CIDEr') if 'captions' in scores else ():
-        low, high = scores['captions']['intervals'][name] or (None, None)
-        rows.append({'measure': f'captions, {name}', 'value': scores['captions'][name], 'low': low, 'high': high, 'n': scores['n']})
-    if 'exact captions' in scores:
+        add(f"Frechet distance, {one['features']} features", one['fid'], one['low'], one['high'])
+    if 'captions' in scores:
+        for name in ('BLEU-4', 'ROUGE-L', 'CIDEr'):
+            add(f'captions, {name}', scores['captions'][name], *(scores['captions']['intervals'][name] or ()))
         one = scores['exact captions']
-        rows.append({'measure': 'captions, exact (%)', 'value': one['percent'], 'low': one['low'], 'high': one['high'], 'n': one['n']})
+        add('captions, exact (%)', one['percent'], one['low'], one['high'])
     return rows

@@ -192,7 +192,7 @@ def text_to_image_terms(
     *,
     objective: ObjectiveConfig = ObjectiveConfig(),  # the choices above
     generator: torch.Generator | ShardedRandom | None = None,  # source of randomness
-) -> dict[str, Tensor]:  # as `flow_terms`, with kl () and align () where their weights are not 0
+) -> dict[str, Tensor]:  # as `flow_terms`, with kl () and align () where their weights are not 0; for the log source_snr (), source_share (), source_cosine ()
     "Losses of text to image."
     posterior = model.project(text_features)
     z = posterior.sample(generator)                                              # (b, n, d)
