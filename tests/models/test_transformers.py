@@ -1,4 +1,5 @@
 "Any text model of transformers as the frozen encoder, here a small BERT made on the spot."
+import json
 from dataclasses import replace
 
 import pytest
@@ -104,3 +105,20 @@ def test_the_cache_gives_what_the_encoder_does(bert, config):
     for rows in ([0, 1, 0], [1, 2], [3, 0]):
         assert torch.allclose(cached(ids[rows])[0], encoder(ids[rows]), atol=1e-5)
     assert calls == [2, 1, 1] and len(cached.cache) == 3
+
+
+def test_last_layers_are_left_out_as_asked(bert, config):
+    from transformers import AutoModel
+    encoder = TransformersTextEncoder(config, bert)
+    ids = encoder.tokenize('a red star')
+    states = AutoModel.from_pretrained(bert).eval()(ids[:, :5], output_hidden_states=True).hidden_states
+    for skip in (0, 1, 2):
+        features = TransformersTextEncoder(replace(config, skip_depth=skip), bert)(ids)
+        assert torch.allclose(features[:, :5], states[-1 - skip], atol=1e-5)
+    with pytest.raises(ValueError) as error:
+        TransformersTextEncoder(replace(config, skip_depth=3), bert)
+    assert 'skip_depth' in str(error.value) and '3' in str(error.value)
+    with pytest.raises(ValueError):
+        replace(preset('tiny').text, skip_depth=1)
+    saved = json.loads(to_json(preset('small')))
+    assert saved['text'].pop('skip_depth') == 6 and from_json(json.dumps(saved)).text.skip_depth == 0   # as an older version wrote it
