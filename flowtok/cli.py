@@ -19,7 +19,7 @@ import tyro
 from fastcore.docments import docments
 from tyro.conf import FlagConversionOff, OmitSubcommandPrefixes, Positional, arg, subcommand
 
-from .config import Recipe, phases, presets, stages
+from .config import Recipe, every_stage, phases, presets, stages
 
 # %% ../nbs/cli.ipynb #cef550cd
 def load_pipeline(name: str):
@@ -84,7 +84,7 @@ RecipeChanges.__doc__ = "Values that differ from the recipe of the scale and sta
 class Train:
     "Train the stages of a FlowTok, each unless its weights are there; a stopped run resumes."
     scale: Literal[('smoke', *presets)] = 'smoke'  # size of the models
-    stage: Literal[('all', *stages)] = 'all'  # what to train
+    stage: Literal[('all', *every_stage)] = 'all'  # what to train; 'both' is one network for the two directions and not among all
     data: str = 'scenes'  # 'scenes' (drawn here), shards, a .json of sources, or hf:NAME_OR_FOLDER, a data set of Hugging Face
     image_column: str = ''  # of hf: data (default: file, image, file_name ...)
     caption_column: str = ''  # of hf: data (default: caption, text, prompt ...)

@@ -19,18 +19,18 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .config import FlowTokConfig, check_integer, check_number, from_json, guidance_scale_of, stages, to_json
+from .config import FlowTokConfig, check_integer, check_number, every_stage, from_json, guidance_scale_of, stages, to_json
 from .files import current_file, reachable, replace_files
 from .data.images import Skip, check_size, decode_image, fit_image, to_images, to_pixels, upright
 from .flow.solver import sample
 from .models.fast import CachedVelocity, align_swiglu, fuse_gelu
-from .models.flowtok import FlowTok, direction_config, load_weights, save_weights
+from .models.flowtok import FlowTok, TwoWayFlowTok, direction_config, load_weights, save_weights
 from .models.layers import float32_default
 from .models.text import CaptionCache, TextAutoencoder, text_encoder
 from .models.tokenizer import ImageTokenizer
 
 # %% ../nbs/pipeline.ipynb #1dcfc0df
-PARTS = dict(zip(stages, (ImageTokenizer, TextAutoencoder, FlowTok, FlowTok)))
+PARTS = dict(zip(every_stage, (ImageTokenizer, TextAutoencoder, FlowTok, FlowTok, TwoWayFlowTok)))
 
 
 class FlowTokPipeline(nn.Module):
@@ -40,7 +40,7 @@ class FlowTokPipeline(nn.Module):
         self,
         config: FlowTokConfig,  # model sizes and default sampling settings
         clip: str | Path | None = None,  # weights of CLIP's text encoder: 'openai', a file, None for random ones
-        **parts: nn.Module,  # some of tokenizer, text, text_to_image, image_to_text, with their weights
+        **parts: nn.Module,  # some of tokenizer, text, text_to_image, image_to_text, both, with their weights
     ):
         super().__init__()
         self.config, self.compiled, self.velocities = config, False, {}
@@ -55,6 +55,17 @@ class FlowTokPipeline(nn.Module):
         "The trained modules that are present, by the stage that trains them."
         names = {stage: stage.replace('-', '_') for stage in PARTS}
         return {stage: getattr(self, name) for stage, name in names.items() if hasattr(self, name)}
+
+    def parts_for(self, task: str) -> tuple[str, ...]:  # 'text-to-image' or 'image-to-text'
+        "Stages whose modules a task runs; the one network for both directions goes before one of its own."
+        if 'both' in self.parts:
+            return 'tokenizer', 'both'
+        return ('tokenizer', task) if task == 'text-to-image' else ('tokenizer', 'text', task)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        "What the weights that are present can do: of 'text-to-image' and 'image-to-text'."
+        return tuple(task for task in stages[2:] if set(self.parts_for(task)) <= self.parts.keys())
 
     @property
     def device(self) -> torch.device: return next(self.parameters()).device
@@ -257,7 +268,7 @@ def stream(
         raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
     batch_size, num_images_per_prompt = check_integer('batch_size', batch_size), check_integer('num_images_per_prompt', num_images_per_prompt)
     check_generator(generator)
-    self.require_weights('tokenizer', 'text-to-image')
+    self.require_weights(*self.parts_for('text-to-image'))
     default = self.config.sampling
     settings = dict(num_inference_steps=default.steps if num_inference_steps is None else num_inference_steps,
                     guidance_scale=guidance_scale_of(self.config, 'text-to-image', guidance_scale),
@@ -288,7 +299,7 @@ def padded(x: Tensor, rows: int) -> Tensor:  # (b, ...) -> (at least rows, ...)
 def encode_prompts(self: FlowTokPipeline, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # ids (b, n)
     "Text features (b, n, c), and mean and standard deviation of the source (b, n, d)."
     features = self.text_encoder(ids)
-    source = self.text_to_image.project(features)
+    source = self.parts[self.parts_for('text-to-image')[-1]].project(features)
     return features, source.mean, source.std
 
 # %% ../nbs/pipeline.ipynb #7ade6a74
@@ -304,7 +315,7 @@ def generate_batches(self: FlowTokPipeline, batches: Iterable[Tensor], generator
             ids, noise = padded(ids, rows).to(self.device), padded(noise, rows).to(self.device)
             features, mean, std = encoded(ids)                                   # (b, n, c), (b, n, d), (b, n, d)
             x0 = mean + temperature * std * noise                                # (b, n, d)
-            x1 = sample(self.velocity('text-to-image'), x0, **settings)          # (b, k, d)
+            x1 = self.follow('text-to-image', x0, **settings)                    # (b, k, d)
             if output_type != 'tokens':
                 x1 = self.tokenizer.decode(self.tokenizer.from_flow(x1), features if text_at_decoding else None)
         yield postprocess(x1[:n], output_type)
@@ -403,11 +414,26 @@ def prepare_images(
 @patch
 def velocity(
     self: FlowTokPipeline,
-    stage: str,  # 'text-to-image' or 'image-to-text'
+    stage: str,  # 'text-to-image', 'image-to-text' or 'both'
 ) -> Callable:  # for `flowtok.flow.solver.sample`
-    "The velocity of a direction: the model's own, or the fast version that `optimize` has made of it."
+    "The velocity of a flow: the model's own, or the fast version that `optimize` has made of it."
     model, fast = self.parts[stage], self.velocities.get(stage)
     return fast if fast and fast.model is model else model.velocity
+
+
+@patch
+def follow(
+    self: FlowTokPipeline,
+    task: str,  # 'text-to-image' or 'image-to-text'
+    x: Tensor,  # tokens to start from, (b, k, d)
+    **settings,  # of `flowtok.flow.solver.sample`
+) -> Tensor:  # (b, k, d)
+    "Carry tokens to the other end: along a velocity, by a flow map, or backwards."
+    stage = self.parts_for(task)[-1]
+    flow, to_text = self.parts[stage], {'to_text': True} if stage == 'both' and task == 'image-to-text' else {}
+    if flow.config.flow.flow_map or to_text and flow.config.flow.directions == 2:
+        return flow.follow(x, **to_text, **settings)
+    return sample(self.velocity(stage), x, reverse=bool(to_text), **settings)
 
 # %% ../nbs/pipeline.ipynb #2b4e3e5d
 @patch
@@ -424,17 +450,18 @@ def caption(
     times: Sequence[float] | None = None,  # ends of the solver's steps from 0 to 1, instead of num_inference_steps
 ) -> list[str]:
     "Caption images (paper, section 3: from Z_I to Z_T)."
-    self.require_weights('tokenizer', 'text', 'image-to-text')
+    self.require_weights(*self.parts_for('image-to-text'))
     batch_size = check_integer('batch_size', batch_size)
     captions, default, rows = [], self.config.sampling, 0
     settings = dict(num_inference_steps=default.caption_steps if num_inference_steps is None else num_inference_steps,
-                    guidance_scale=guidance_scale_of(self.config, 'image-to-text', guidance_scale),
+                    guidance_scale=guidance_scale_of(self.config, self.parts_for('image-to-text')[-1], guidance_scale),
                     guidance_interval=guidance_interval, schedule=default.schedule, solver=solver, times=times)
+    decoder = (self.both if hasattr(self, 'both') else self.text).decoder
     for batch in self.prepare_images(images).split(batch_size):
         n, rows = len(batch), max(rows, len(batch)) if self.compiled else 0
         x0 = self.tokenizer.to_flow(self.tokenizer.encode(padded(batch, rows).to(self.device)).mean)    # (b, k, d)
-        x1 = sample(self.velocity('image-to-text'), x0, **settings)[:n]                                 # (b, n, d)
-        captions += self.text_encoder.decode_ids(self.text.decoder(x1).argmax(-1))
+        x1 = self.follow('image-to-text', x0, **settings)[:n]                                           # (b, n, d)
+        captions += self.text_encoder.decode_ids(decoder(x1).argmax(-1))
     return captions
 
 # %% ../nbs/pipeline.ipynb #ce99b620
@@ -477,6 +504,6 @@ def optimize(
     for part in (self.text_encoder, *self.parts.values()):
         fuse_gelu(part)
         align_swiglu(part)
-    self.velocities = {stage: CachedVelocity(part, compile) for stage, part in self.parts.items() if isinstance(part, FlowTok)}
+    self.velocities = {stage: CachedVelocity(part, compile) for stage, part in self.parts.items() if isinstance(part, FlowTok) and not part.config.flow.flow_map}
     self.compiled = compile
     return self

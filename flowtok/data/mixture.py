@@ -268,12 +268,14 @@ class TokenReader:
     first: bool = False  # the first caption, not any of them
     num_tokens: int = 0  # k, to refuse other lengths; 0 for any
     words: frozenset = frozenset()  # known words of captions; empty for any
+    pair: bool = False  # any caption and the first one, as a tuple
 
-    def __call__(self, sample: dict, source: Source, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+    def __call__(self, sample: dict, source: Source, rng: np.random.Generator) -> tuple[np.ndarray, str | tuple[str, str]]:
         moments = read_moments(sample, self.token_dim)
         if self.num_tokens and len(moments) != self.num_tokens:
             raise Skip('broken tokens')
-        return moments, choose_caption(sample, source, rng, self.first, self.words)
+        caption = choose_caption(sample, source, rng, self.first, self.words)
+        return moments, (caption, choose_caption(sample, source, rng, True, self.words)) if self.pair else caption
 
 # %% ../../nbs/data/04_mixture.ipynb #8b3b9b8a
 def use_sample(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['flow_map_targets', 'like_time', 'flow_map', 'sample_flow_map', 'mean_flow_target', 'consistency_target',
-           'shortcut_target', 'adaptive_loss', 'sample_time_pairs']
+           'shortcut_target', 'guided_teacher', 'adaptive_loss', 'sample_time_pairs']
 
 # %% ../../nbs/flow/03_flow_map.ipynb #c792a4ec
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .path import ShardedRandom, draw
-from .solver import given_grid, time_grid
+from .solver import given_grid, guide, time_grid
 
 # %% ../../nbs/flow/03_flow_map.ipynb #34f15f6c
 def like_time(t: Tensor, x: Tensor) -> Tensor:  # (b,) -> (b, 1, ...)
@@ -78,6 +78,22 @@ def shortcut_target(u: Callable, v: Callable, x: Tensor, t: Tensor, s: Tensor, s
     first = u(x, t, middle)
     second = u(x + like_time(middle - t, x) * first, middle, s)
     return torch.where(like_time((s - t).abs(), x) > step, (first + second) / 2, v(x, t))
+
+
+def guided_teacher(
+    velocity: Callable,  # (x, t (b,), indicator (b,) long) -> (b, ...)
+    guidance_scale: float = 1.,
+    guidance_interval: tuple[float, float] = (0., 1.),  # first and last time of guidance
+) -> Callable:  # (x, t (b,)) -> (b, ...)
+    "Velocity of a trained flow with the guidance that its sampler would use, at a time for each sample."
+    def teacher(x: Tensor, t: Tensor) -> Tensor:
+        conditional = velocity(x, t, torch.zeros(len(x), dtype=torch.long, device=x.device))
+        if guidance_scale == 1:
+            return conditional
+        null = velocity(x, t, torch.ones(len(x), dtype=torch.long, device=x.device))
+        inside = (t >= guidance_interval[0] - 1e-6) & (t <= guidance_interval[1] + 1e-6)
+        return torch.where(like_time(inside, x), guide(conditional, null, guidance_scale), conditional)
+    return teacher
 
 
 flow_map_targets = {'consistency': consistency_target, 'mean_flow': mean_flow_target, 'shortcut': shortcut_target}

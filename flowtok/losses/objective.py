@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['kl_losses', 'align_targets', 'align_losses', 'flow_matching_loss', 'kl_loss', 'released_kl_loss', 'variance_kl_loss',
            'pool_target', 'alignment_loss', 'direction_loss', 'source_levels', 'token_snr', 'ObjectiveConfig',
-           'flow_terms', 'text_to_image_terms', 'image_to_text_terms', 'total', 'loss_by_time_bin', 'edge_map',
-           'reconstruction_loss', 'hinge_discriminator_loss', 'hinge_generator_loss', 'lecam_loss', 'moving_average',
-           'gan_factor', 'perceptual_loss', 'TokenizerObjectiveConfig', 'tokenizer_terms', 'caption_cross_entropy']
+           'flow_terms', 'text_to_image_terms', 'image_to_text_terms', 'reverse_terms', 'flow_map_terms', 'total',
+           'loss_by_time_bin', 'error_by_times', 'edge_map', 'reconstruction_loss', 'hinge_discriminator_loss',
+           'hinge_generator_loss', 'lecam_loss', 'moving_average', 'gan_factor', 'perceptual_loss',
+           'TokenizerObjectiveConfig', 'tokenizer_terms', 'caption_cross_entropy']
 
 # %% ../../nbs/losses/01_objective.ipynb #0d7c446c
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import source_kinds
+from ..flow.flow_map import adaptive_loss, flow_map_targets, sample_time_pairs
 from ..flow.path import ShardedRandom, as_sharded_random, draw_indicator, permute_null_targets, interpolate, sample_time, time_kinds, velocity_target
 
 # %% ../../nbs/losses/01_objective.ipynb #9fac7feb
@@ -222,6 +224,38 @@ def image_to_text_terms(
     "Losses of image to text: flow matching alone."
     return flow_terms(model, image_tokens, text_tokens, objective=objective, generator=generator)
 
+# %% ../../nbs/losses/01_objective.ipynb #80b49313
+def reverse_terms(
+    model,  # TwoWayFlowTok
+    text_features: Tensor,  # of the first captions, (b, n, c)
+    image_tokens: Tensor,  # (b, k, d) with k = n
+    ids: Tensor,  # of the first captions, (b, n) long
+    generator: torch.Generator | ShardedRandom | None = None,  # source of randomness
+) -> dict[str, Tensor]:  # reverse (b,), caption (), and for the log exact ()
+    "Losses of captions by reversal: the flow loss at t = 1, and the cross-entropy of captions read from the source and from one step back."
+    x0 = model.project(text_features).sample(generator)                          # (b, n, d)
+    back = image_tokens - model.velocity(image_tokens, 1., 0, 0.)                # (b, n, d)
+    logits = model.decoder(torch.cat([x0, back]))                                # (2 b, n, vocabulary)
+    exact = (logits[len(ids):].argmax(-1) == ids).all(1).float().mean()
+    return {'reverse': (back - x0).square().flatten(1).mean(1), 'caption': caption_cross_entropy(logits, torch.cat([ids, ids])), 'exact': exact}
+
+# %% ../../nbs/losses/01_objective.ipynb #a28df406
+def flow_map_terms(
+    model,  # with velocity(x, t, indicator, s)
+    teacher: Callable,  # guided velocity, (x, t (b,)) -> (b, k, d)
+    x0: Tensor,  # source tokens, (b, k, d)
+    x1: Tensor,  # target tokens, (b, k, d)
+    target: str,  # one of flowtok.flow.flow_map.flow_map_targets
+    generator: torch.Generator | ShardedRandom | None = None,  # source of randomness
+) -> dict[str, Tensor]:  # flow (b,), and for the log: error (b,), t (b,), s (b,)
+    "Loss of a flow map from text to image."
+    t, s = sample_time_pairs(len(x0), generator, x0.device)
+    x = interpolate(x0, x1, t)                                                   # (b, k, d)
+    average = lambda x, t, s: model.velocity(x, t, 0, s)
+    goal = flow_map_targets[target](average, teacher, x, t, s)
+    error = (average(x, t, s) - goal).square().flatten(1).mean(1)                # (b,)
+    return {'flow': adaptive_loss(error), 'error': error.detach(), 't': t, 's': s}
+
 # %% ../../nbs/losses/01_objective.ipynb #aa544172
 def total(
     terms: dict[str, Tensor],  # by name; what has no weight is for the log and is left out
@@ -243,6 +277,19 @@ def loss_by_time_bin(
     bins = {f't={edges[0]:g}': t == edges[0]}
     bins |= {f't<={high:g}': (t > low) & (t <= high) for low, high in zip(edges, edges[1:])}
     return {name: losses[inside].mean().item() for name, inside in bins.items() if inside.any()}
+
+# %% ../../nbs/losses/01_objective.ipynb #4e419aa5
+def error_by_times(
+    error: Tensor,  # of each sample, (b,)
+    t: Tensor,  # times that the steps begin at, (b,)
+    s: Tensor,  # times that they end at, (b,)
+    edges: tuple[float, ...] = (0., .25, .5, .75, 1.),  # rising
+) -> dict[str, float]:  # mean error of the bins that hold a sample, by name
+    "Mean error of a flow map by the beginning and the length of its steps."
+    low = torch.bucketize(t, t.new_tensor(edges)).clamp(1)                       # 1: up to edges[1]
+    length = torch.bucketize((s - t).abs(), t.new_tensor(edges))                 # 0: none
+    return {f't<={edges[i]:g} step<={edges[j]:g}': error[(low == i) & (length == j)].mean().item()
+            for i in range(1, len(edges)) for j in range(len(edges)) if ((low == i) & (length == j)).any()}
 
 # %% ../../nbs/losses/01_objective.ipynb #efadc900
 def edge_map(

@@ -29,14 +29,14 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch
 
 from ..data.token_cache import check_cache, holds_tokens, write_token_cache
-from ..config import from_json, stages, to_json
+from ..config import every_stage, from_json, to_json
 from ..files import lock_folder, write_atomically
 from ..data.images import to_images
 from .checkpointing import (Log, GracefulStop, Stopped, all_gather_object, check_folder, check_identity, checkpoints, merge_config, newest_state, progress_line, restore, run_identity,
                              save_checkpoint, set_aside, show_progress, collapse_warning, loggable_values, training_state)
 from ..models.fast import align_swiglu
 from ..models.flowtok import load_weights, save_weights
-from .tasks import Run, Stage, earlier_weights, stage_classes, weights_file
+from .tasks import Run, Stage, earlier_weights, stage_classes
 from .optim import Critics, Ema, amp_precision, learning_rate_factor, make_optimizers, training_steps
 from ..data.mixture import find_sources
 from ..data.loader import open_batches
@@ -57,7 +57,7 @@ class Batches:
         position: dict | None = None,  # of a checkpoint
         workers: int = 0,  # processes that read
     ):
-        cached = run.stage in stages[2:] and (run.cache / 'cache.json').exists()
+        cached = run.stage in every_stage[2:] and (run.cache / 'cache.json').exists()
         data = run.cache if cached else run.data
         self.stage, self.device = stage, device
         self.stream = open_batches(find_sources(str(data)), stage.reader, batch_size or run.recipe.batch_size, seed=run.seed,
@@ -68,7 +68,7 @@ class Batches:
     def __next__(self) -> tuple[Tensor, Tensor]:
         first, captions = next(self.stream)
         first = torch.as_tensor(first).to(self.device, non_blocking=True)
-        return self.stage.first(first), self.stage.text_encoder.tokenize(captions).to(self.device, non_blocking=True)
+        return self.stage.first(first), self.stage.tokenize(captions).to(self.device, non_blocking=True)
 
     @property
     def position(self) -> dict: return self.stream.position
@@ -100,8 +100,8 @@ def setup(run: Run):  # accelerator, stage
         accelerator.init_trackers('tensorboard')
     torch.manual_seed(run.seed)
     stage = stage_classes[run.stage](run)
-    if run.init and weights_file(run.init, run.stage).exists():
-        load_weights(stage.trained, weights_file(run.init, run.stage), run.stage)
+    if run.init and not run.recipe.flow_map:                                     # which started when it was built
+        stage.start_from(run.init)
     if accelerator.device.type == 'cuda':
         align_swiglu(stage)
     if run.compile:
@@ -294,7 +294,7 @@ def processes():
 
 def prepare(run: Run):
     "Encode the token cache of a flow, shared by all processes."
-    if run.stage in stages[2:]:
+    if run.stage in every_stage[2:]:
         state = processes()
         cache_tokens(run, iter, state.process_index, state.num_processes)
         state.wait_for_everyone()

@@ -4,25 +4,28 @@
 
 # %% auto #0
 __all__ = ['MAX_CACHED_VALUES', 'stage_classes', 'weights_file', 'Run', 'vocabulary_for', 'parse_changes', 'plan',
-           'earlier_weights', 'Stage', 'TokenizerStage', 'TextStage', 'flow_objective', 'tempered_sample', 'FlowStage']
+           'earlier_weights', 'initial_weights', 'Stage', 'TokenizerStage', 'TextStage', 'flow_objective',
+           'tempered_sample', 'FlowStage', 'BothStage']
 
 # %% ../../nbs/training/01_tasks.ipynb #f16f25d4
 import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..files import atomic_path
-from ..config import WORDS, FlowTokConfig, Recipe, check_integer, check_number, from_json, guidance_scale_of, preset, presets, recipe, stages
+from ..config import (WORDS, FlowTokConfig, Recipe, check_integer, check_number, every_stage, from_json, guidance_scale_of, preset, presets, recipe,
+                            stages)
+from ..flow.flow_map import guided_teacher
 from ..flow.path import ShardedRandom, draw
-from ..flow.solver import sample
 from ..models.layers import DiagonalGaussian
-from ..models.flowtok import FlowTok, direction_config, load_weights
-from ..losses.objective import (ObjectiveConfig, TokenizerObjectiveConfig, caption_cross_entropy, image_to_text_terms,
-                               kl_loss, text_to_image_terms, tokenizer_terms)
+from ..models.flowtok import FlowTok, TwoWayFlowTok, direction_config, load_weights
+from ..losses.objective import (ObjectiveConfig, TokenizerObjectiveConfig, caption_cross_entropy, flow_map_terms, image_to_text_terms,
+                               kl_loss, reverse_terms, text_to_image_terms, tokenizer_terms)
 from ..models.text import CaptionCache, TextAutoencoder, text_encoder
 from ..data.mixture import CaptionReader, ImageReader, TokenReader, common_words, find_sources
 from ..models.tokenizer import ImageTokenizer
@@ -39,7 +42,7 @@ def weights_file(
 @dataclass(frozen=True)
 class Run:
     "Training run of one stage."
-    stage: str  # one of flowtok.config.stages
+    stage: str  # one of flowtok.config.every_stage
     config: FlowTokConfig  # sizes
     recipe: Recipe  # how
     data: str  # images and captions, as flowtok.data.mixture.find_sources takes them
@@ -108,7 +111,7 @@ def parse_changes(
 
 # %% ../../nbs/training/01_tasks.ipynb #33af52c8
 def plan(
-    stage: str,  # one of flowtok.config.stages
+    stage: str,  # one of flowtok.config.every_stage
     scale: str = 'smoke',  # 'smoke', or one of flowtok.config.presets
     data: str = '',  # as flowtok.data.mixture.find_sources takes it
     out: str = '',  # folder of weights, logs and images
@@ -131,17 +134,26 @@ def plan(
     for option, given in (('clip', watching.get('clip', '')), ('init', watching.get('init', ''))):
         if given and (option, given) != ('clip', 'openai') and not Path(given).exists():
             raise FileNotFoundError(f"{option} names {given}, which is not there.")
+    changes = parse_changes(changes) if isinstance(changes, str) else changes
+    if changes.get('flow_map') and not (watching.get('init') and stage in ('text-to-image', 'both')):
+        raise ValueError("flow_map learns a trained flow from text to image in few steps: give stage text-to-image or both, and init, the folder of that flow.")
     smoke = scale == 'smoke'
     config = preset('tiny' if smoke else scale)
     config = replace(config, tokenizer=replace(config.tokenizer, anchored=config.tokenizer.anchored if anchored is None else anchored))
     if words and config.text.encoder == 'words':
         config = replace(config, text=replace(config.text, vocabulary=tuple(words), vocab_size=len(words) + 2))
-    changes = parse_changes(changes) if isinstance(changes, str) else changes
     usual = replace(recipe(config.name, stage, phase), **changes)
-    source = (usual if stage == 'text-to-image' else recipe(config.name, 'text-to-image', phase)).source_config
-    unguided = stage in stages[2:] and usual.indicator_probability == 0
-    config = replace(config, source=source, guided=tuple(flow for flow in stages[2:] if not (unguided and flow == stage)))
-    factor = longer if stage == 'text-to-image' else longer**.5
+    flow = 'text-to-image' if stage == 'both' else stage
+    source = (usual if flow == 'text-to-image' else recipe(config.name, 'text-to-image', phase)).source_config
+    unguided = usual.indicator_probability == 0 or usual.flow_map
+    config = replace(config, source=source, guided=tuple(name for name in stages[2:] if not (unguided and name == flow)))
+    if stage == 'both':
+        config = replace(config, both=replace(config.flow, flow_map=bool(usual.flow_map), directions=2 if usual.caption_share else 1))
+    elif usual.flow_map:
+        config = replace(config, flow=replace(config.flow, flow_map=True), caption_flow=config.caption_flow or config.flow)
+    if usual.flow_map:
+        config = replace(config, sampling=replace(config.sampling, steps=4))
+    factor = longer if flow == 'text-to-image' else longer**.5
     steps = steps or (4 if smoke else max(1, round(usual.steps * factor)))
     usual = replace(usual, steps=steps, batch_size=batch_size or (16 if smoke else usual.batch_size))
     return Run(stage, config, usual, str(data), str(out), log_every=1 if steps < 50 else 10,
@@ -161,6 +173,14 @@ def earlier_weights(
     return file
 
 # %% ../../nbs/training/01_tasks.ipynb #8c6936ea
+def initial_weights(
+    run: Run,
+) -> Path | None:  # None where `init` holds none for this stage
+    "Weights that a run starts from: those of its stage in `init`, or of the flow from text to image."
+    names = (run.stage, 'text-to-image') if run.stage == 'both' else (run.stage,)
+    return next((file for stage in names if run.init and (file := weights_file(run.init, stage)).exists()), None)
+
+
 MAX_CACHED_VALUES = 2**27  # of text features that a training on a CPU keeps
 
 
@@ -199,6 +219,15 @@ class Stage(nn.Module):
     def first(self, x):
         "Preprocess uint8 images (b, h, w, 3) to (b, 3, h, w) in [0, 1]."
         return x.permute(0, 3, 1, 2).float() / 255
+
+    def tokenize(self, captions: list) -> Tensor:  # (b, n) long
+        "Ids of what the reader gave as captions."
+        return self.text_encoder.tokenize(captions)
+
+    def start_from(self, folder: str | Path):  # `init` of the run
+        "Load the weights of this stage from a finished training, where they are there."
+        if file := initial_weights(self.run):
+            load_weights(self.trained, file, self.run.stage)
 
 # %% ../../nbs/training/01_tasks.ipynb #ef706830
 class TokenizerStage(Stage):
@@ -264,23 +293,50 @@ def tempered_sample(
 
 class FlowStage(Stage):
     "Text to image, or image to text: the same flow with its ends swapped."
+    kind = FlowTok
 
     def __init__(self, run: Run):
         super().__init__(run)
         r = run.recipe
-        self.trained = FlowTok(direction_config(run.config, run.stage))
+        self.trained = self.kind(direction_config(run.config, run.stage))
         self.tokenizer = self.earlier(ImageTokenizer(run.config), 'tokenizer')
         self.objective = flow_objective(r)
-        self.from_text = run.stage == 'text-to-image'
-        self.weights = self.objective.weights if self.from_text else {'flow': 1.}
+        self.from_text = run.stage != 'image-to-text'
+        self.weights = self.objective.weights if self.from_text and not r.flow_map else {'flow': 1.}
         if self.from_text and r.source_config != run.config.source:
             raise ValueError(f"The recipe's source, {r.source_config}, is not that of the config, {run.config.source}: "
                              "make both by flowtok.training.tasks.plan.")
         if not self.from_text:
             self.text = self.earlier(TextAutoencoder(run.config), 'text')
             self.trained.projector.load_state_dict(self.text.projector.state_dict())
-            for part in (self.trained.projector, self.trained.alignment, self.trained.temperature):
-                part.requires_grad_(False)
+            self.freeze_source()
+        if r.flow_map:                                                           # it needs its teacher
+            self.start_from(run.init)
+
+    def freeze_source(self):
+        "Keep the source, and what only its losses use, as they are."
+        for part in (self.trained.projector, self.trained.alignment, self.trained.temperature):
+            part.requires_grad_(False)
+
+    def start_from(self, folder: str | Path):
+        "As `Stage.start_from`; also from the flow of another stage. A flow map has the flow that it starts from as its teacher."
+        r, file, own = self.run.recipe, initial_weights(self.run), direction_config(self.run.config, self.run.stage)
+        if file is None:
+            if r.flow_map:
+                raise FileNotFoundError(f"init names {folder}, which has no weights of {' or '.join(dict.fromkeys((self.run.stage, 'text-to-image')))} to learn from.")
+            return
+        if (same := file.stem == self.run.stage) and not r.flow_map:
+            load_weights(self.trained, file, file.stem)
+            return
+        plain = replace(own.flow, flow_map=False, directions=own.flow.directions if same else 1)
+        flow = load_weights((self.kind if same else FlowTok)(replace(own, flow=plain)), file, file.stem).eval().requires_grad_(False)
+        state, rows = flow.state_dict(), self.trained.dit.indicator.weight.detach()
+        state['dit.indicator.weight'] = torch.cat([state['dit.indicator.weight'], rows[1 + plain.directions:]])
+        self.trained.load_state_dict(state, strict=False)
+        if r.flow_map:
+            usual = preset(own.name).sampling if own.name in presets else own.sampling
+            self.teacher = [guided_teacher(flow.velocity, usual.guidance, usual.guidance_interval)]   # in a list: no part of what is trained
+            self.freeze_source()
 
     @property
     def reader(self):
@@ -296,11 +352,18 @@ class FlowStage(Stage):
 
     def forward(self, moments: Tensor, ids: Tensor, share: ShardedRandom) -> dict[str, Tensor]:
         tokens, features = self.image_tokens(moments, share), self.features(ids)
+        if self.run.recipe.flow_map:
+            return self.flow_map(tokens, features, share)
         if self.from_text:
             return text_to_image_terms(self.trained, features, tokens, objective=self.objective, generator=share)
         with torch.no_grad():
             text_tokens = tempered_sample(self.text.projector(features), self.run.recipe.text_noise, share)
         return image_to_text_terms(self.trained, tokens, text_tokens, objective=self.objective, generator=share)
+
+    def flow_map(self, tokens: Tensor, features: Tensor, share: ShardedRandom) -> dict[str, Tensor]:
+        "Losses of a flow map from text to image."
+        x0 = self.trained.project(features).sample(share)
+        return flow_map_terms(self.trained, self.teacher[0], x0, tokens, self.run.recipe.flow_map, share)
 
 # %% ../../nbs/training/01_tasks.ipynb #45a156c6
 @patch
@@ -310,8 +373,8 @@ def pictures(self: FlowStage, moments: Tensor, ids: Tensor) -> Tensor | None:  #
         return None
     start, settings = self.trained.project(self.features(ids)), self.run.config.sampling
     z = start.mean + settings.temperature * start.std * torch.randn_like(start.mean)
-    z = sample(self.trained.velocity, z, num_inference_steps=settings.steps, guidance_scale=guidance_scale_of(self.run.config, self.run.stage),
-               guidance_interval=settings.guidance_interval)
+    z = self.trained.follow(z, num_inference_steps=settings.steps, guidance_scale=guidance_scale_of(self.run.config, 'text-to-image'),
+                            guidance_interval=settings.guidance_interval)
     return self.tokenizer.decode(self.tokenizer.from_flow(z))
 
 
@@ -321,9 +384,56 @@ def captions(self: FlowStage, moments: Tensor, ids: Tensor) -> list[str] | None:
     if self.from_text:
         return None
     settings = self.run.config.sampling
-    z = sample(self.trained.velocity, self.image_tokens(moments, ShardedRandom()), num_inference_steps=settings.caption_steps,
-               guidance_scale=guidance_scale_of(self.run.config, self.run.stage))
+    z = self.trained.follow(self.image_tokens(moments, ShardedRandom()), num_inference_steps=settings.caption_steps,
+                            guidance_scale=guidance_scale_of(self.run.config, self.run.stage))
     return self.text_encoder.decode_ids(self.text.decoder(z).argmax(-1))
 
+# %% ../../nbs/training/01_tasks.ipynb #12d3fd94
+class BothStage(FlowStage):
+    "One network for text to image and image to text."
+    kind = TwoWayFlowTok
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        r = run.recipe
+        text = self.earlier(TextAutoencoder(run.config), 'text')
+        self.projector = text.projector if r.caption_share else None             # of the second direction's targets
+        if not (r.flow_map and initial_weights(run).stem == 'both'):
+            self.trained.decoder.load_state_dict(text.decoder.state_dict())
+        self.trained.decoder.requires_grad_(bool(r.reverse_share))
+        self.weights = self.weights | ({'reverse': r.reverse_share, 'caption': r.caption_weight} if r.reverse_share else {}) | (
+            {'caption flow': r.caption_share} if r.caption_share else {})
+
+    @property
+    def reader(self):
+        "Reader of cached tokens and two captions."
+        return replace(super().reader, pair=True)
+
+    def tokenize(self, captions: list) -> Tensor:  # (b, 2, n) long
+        "Ids of any caption and of the first one."
+        return self.text_encoder.tokenize([text for pair in captions for text in pair]).unflatten(0, (-1, 2))
+
+    def forward(self, moments: Tensor, ids: Tensor, share: ShardedRandom) -> dict[str, Tensor]:
+        terms, r = super().forward(moments, ids[:, 0], share), self.run.recipe
+        if r.reverse_share:
+            n = max(1, round(r.reverse_share * len(ids)))
+            terms |= reverse_terms(self.trained, self.features(ids[:n, 1]), self.image_tokens(moments[:n], share), ids[:n, 1], share)
+        if r.caption_share:
+            n = max(1, round(r.caption_share * len(ids)))
+            with torch.no_grad():
+                text_tokens = tempered_sample(self.projector(self.features(ids[-n:, 1])), r.text_noise, share)
+            second = SimpleNamespace(velocity=lambda x, t, indicator: self.trained.velocity(x, t, indicator + 2))
+            objective = replace(self.objective, time_sampling='mixture', indicator_probability=0.)
+            terms['caption flow'] = image_to_text_terms(second, self.image_tokens(moments[-n:], share), text_tokens, objective=objective, generator=share)['flow']
+        return terms
+
+    def pictures(self, moments: Tensor, ids: Tensor) -> Tensor:
+        return super().pictures(moments, ids[:, 0])
+
+    def captions(self, moments: Tensor, ids: Tensor) -> list[str]:
+        "Sample captions with the default settings."
+        z = self.trained.follow(self.image_tokens(moments, ShardedRandom()), True, self.run.config.sampling.caption_steps)
+        return self.text_encoder.decode_ids(self.trained.decoder(z).argmax(-1))
+
 # %% ../../nbs/training/01_tasks.ipynb #d9aa05ee
-stage_classes = dict(zip(stages, (TokenizerStage, TextStage, FlowStage, FlowStage)))
+stage_classes = dict(zip(every_stage, (TokenizerStage, TextStage, FlowStage, FlowStage, BothStage)))
