@@ -385,7 +385,7 @@ def check_recipe(
     for name, least in (('steps', 0), ('batch_size', 1), ('learning_rate', 0), ('warmup', 0), ('clip', 0),
                         ('accumulate', 1), ('gan_weight', 0), ('gan_start', 0), ('gan_learning_rate', 0), ('kl_weight', 0),
                         ('direction_weight', 0), ('align_weight', 0), ('edge_weight', 0), ('perceptual_weight', 0),
-                        ('convnext_share', 0), ('lecam_weight', 0), ('matrix_learning_rate', 0), ('weight_decay', 0), ('image_noise', 0), ('text_noise', 0), ('caption_weight', 0)):
+                        ('convnext_share', 0), ('lecam_weight', 0), ('matrix_learning_rate', 0), ('weight_decay', 0), ('image_noise', 0), ('text_noise', 0), ('caption_weight', 0), ('reverse_weight', 0)):
         if not getattr(recipe, name) >= least:
             raise ValueError(f"{name} must be at least {least}, got {getattr(recipe, name)}.")
     for name in ('time_power', 'time_std'):
@@ -445,9 +445,10 @@ class Recipe:
     direction_weight: float = 0.  # text-to-image: on the direction term between the source's mean and the image tokens
     image_noise: float = 1.  # flows: share of the posterior's standard deviation in the image tokens: 1 a sample, 0 the mean
     text_noise: float = 1.  # image-to-text: the same of the text tokens
-    reverse_share: float = 0.  # both: share of the samples that are also carried back from t = 1 in one step
+    reverse_share: float = 0.  # both: share of the samples whose captions the text decoder learns to read
+    reverse_weight: float = 1.  # both: on the flow loss of one step back from t = 1; 0: captions are read from the source alone
     caption_share: float = 0.  # both: share of the samples of the second direction, from image to text; 0 for no such direction
-    caption_weight: float = 0.  # both: on the cross-entropy of the captions read from the source and from what comes back
+    caption_weight: float = 0.  # both: on the cross-entropy of these captions
     flow_map: str = ''  # text-to-image, both: '' or a target of flowtok.flow.flow_map, by which the flow in `init` is learned in few steps
     augment: bool = False  # tokenizer: crop images at random and flip half of them
     whiten: bool = False  # tokenizer: measure the tokens at the end, so that the flow sees mean 0 and deviation 1

@@ -124,7 +124,7 @@ def test_words():
 
 def test_defaults_are_the_papers():
     assert replace(FlowTokConfig('b')) == preset('b')
-    assert {f.name for f in fields(FlowTokConfig)} == {'name', 'tokenizer', 'text', 'flow', 'sampling', 'source', 'caption_flow', 'guided'}
+    assert {f.name for f in fields(FlowTokConfig)} == {'name', 'tokenizer', 'text', 'flow', 'sampling', 'source', 'caption_flow', 'guided', 'both'}
     assert asdict(preset('xl').sampling) == dict(steps=20, guidance=2., guidance_interval=(0., 1.), temperature=1., caption_steps=20, caption_guidance=2.,
                                                  schedule='uniform')
 

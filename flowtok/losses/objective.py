@@ -231,9 +231,13 @@ def reverse_terms(
     image_tokens: Tensor,  # (b, k, d) with k = n
     ids: Tensor,  # of the first captions, (b, n) long
     generator: torch.Generator | ShardedRandom | None = None,  # source of randomness
+    step_back: bool = True,  # False: the source alone, the velocity is left as it is
 ) -> dict[str, Tensor]:  # reverse (b,), caption (), and for the log exact ()
     "Losses of captions by reversal: the flow loss at t = 1, and the cross-entropy of captions read from the source and from one step back."
     x0 = model.project(text_features).sample(generator)                          # (b, n, d)
+    if not step_back:
+        logits = model.decoder(x0.detach())
+        return {'caption': caption_cross_entropy(logits, ids), 'exact': (logits.argmax(-1) == ids).all(1).float().mean()}
     back = image_tokens - model.velocity(image_tokens, 1., 0, 0.)                # (b, n, d)
     logits = model.decoder(torch.cat([x0, back]))                                # (2 b, n, vocabulary)
     exact = (logits[len(ids):].argmax(-1) == ids).all(1).float().mean()

@@ -401,7 +401,7 @@ class BothStage(FlowStage):
         if not (r.flow_map and initial_weights(run).stem == 'both'):
             self.trained.decoder.load_state_dict(text.decoder.state_dict())
         self.trained.decoder.requires_grad_(bool(r.reverse_share))
-        self.weights = self.weights | ({'reverse': r.reverse_share, 'caption': r.caption_weight} if r.reverse_share else {}) | (
+        self.weights = self.weights | ({'reverse': r.reverse_share * r.reverse_weight, 'caption': r.caption_weight} if r.reverse_share else {}) | (
             {'caption flow': r.caption_share} if r.caption_share else {})
 
     @property
@@ -417,7 +417,7 @@ class BothStage(FlowStage):
         terms, r = super().forward(moments, ids[:, 0], share), self.run.recipe
         if r.reverse_share:
             n = max(1, round(r.reverse_share * len(ids)))
-            terms |= reverse_terms(self.trained, self.features(ids[:n, 1]), self.image_tokens(moments[:n], share), ids[:n, 1], share)
+            terms |= reverse_terms(self.trained, self.features(ids[:n, 1]), self.image_tokens(moments[:n], share), ids[:n, 1], share, r.reverse_weight > 0)
         if r.caption_share:
             n = max(1, round(r.caption_share * len(ids)))
             with torch.no_grad():

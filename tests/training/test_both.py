@@ -43,7 +43,7 @@ def run(folder, out, stage='both', **changes):
 def lines(run): return [json.loads(line) for line in (run.folder / 'log.jsonl').read_text().splitlines()]
 
 
-ARMS = {'reversal': dict(reverse_share=.25), 'direction': dict(reverse_share=0., caption_share=.5), 'flow map': dict(flow_map='consistency')}
+ARMS = {'reversal': dict(reverse_share=.25), 'source alone': dict(reverse_share=.25, reverse_weight=0.), 'direction': dict(reverse_share=0., caption_share=.5), 'flow map': dict(flow_map='consistency')}
 
 
 @pytest.mark.parametrize('arm', ARMS)
