@@ -9,6 +9,7 @@ import subprocess
 import sys
 from configparser import ConfigParser
 
+import navigation
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -189,6 +190,20 @@ def test_map_of_the_book_names_every_chapter():
     text = markdown()
     missing = [ident(p) for p in chapters + run_notebooks if f'](nbs/{ident(p)}.ipynb)' not in text]
     assert not missing, f'nbs/index.ipynb does not link to {missing}'
+
+
+def test_every_page_leads_to_the_one_before_the_index_and_the_next():
+    book = navigation.order()
+    assert set(book) == set(nbs), 'nbs/index.ipynb links to every page once'
+    stale = [ident(page) for page in book[1:] if page.read_text(encoding='utf-8') != navigation.with_navigation(page, book)]
+    assert not stale, f'run python tests/navigation.py: {stale}'
+    links = [page.parent / target for page in nbs for c in cells(page, 'markdown') for target in re.findall(r'\]\((?![a-z]+:|#)([^)\s#]+)', source(c))]
+    assert len(links) > 150 and not [link for link in links if not link.exists()]
+
+
+def test_chapters_are_named_by_links():
+    unlinked = [(ident(page), mention) for page in nbs for c in cells(page, 'markdown') for mention in re.findall(r'[Cc]hapters? \d+|[Nn]ext chapter(?!\])|[Cc]hapter before', source(c))]
+    assert not unlinked
 
 
 # README and package ----------------------------------------------------------------------------------------

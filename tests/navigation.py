@@ -1,0 +1,46 @@
+"""Previous, index and next at the end of every notebook but the index: `python tests/navigation.py` writes them, tests/test_house.py compares."""
+import json
+import os
+import re
+from pathlib import Path
+
+root = Path(__file__).resolve().parents[1]
+INDEX = root / 'nbs' / 'index.ipynb'
+MARK = 'navigation'  # id of the cell
+
+
+def order() -> list[Path]:  # the index first, then the notebooks in the order of its links
+    "Notebooks of the book in reading order: the first link to each from the index."
+    text = '\n'.join(''.join(cell['source']) for cell in json.loads(INDEX.read_text(encoding='utf-8'))['cells'] if cell['cell_type'] == 'markdown')
+    text = text[text.index('## Map of the book'):]
+    links = dict.fromkeys(re.findall(r'\]\(([\w/]+\.ipynb)\)', text))
+    return [INDEX, *(root / 'nbs' / link for link in links)]
+
+
+def title(path: Path) -> str:
+    "Heading of a notebook."
+    return next(''.join(cell['source']) for cell in json.loads(path.read_text(encoding='utf-8'))['cells']).splitlines()[0].removeprefix('# ')
+
+
+def navigation(path: Path, pages: list[Path]) -> str:
+    "Links of one page."
+    def link(arrow, other, text=None):
+        return f'[{arrow} {text or title(other)}]({os.path.relpath(other, path.parent)})'.replace('[ ', '[')
+    i = pages.index(path)
+    links = [link('←', pages[i - 1])] * (i > 1) + [link('', INDEX, 'Index')] * (i > 0) + ([link('→', pages[i + 1])] if i + 1 < len(pages) else [])
+    return ' · '.join(links)
+
+
+def with_navigation(path: Path, pages: list[Path]) -> str:  # the notebook's text
+    "A notebook with its links in the last visible cell."
+    notebook = json.loads(path.read_text(encoding='utf-8'))
+    cells = [cell for cell in notebook['cells'] if cell.get('id') != MARK]
+    at = len(cells) - (cells[-1]['cell_type'] == 'code' and 'nbdev_export()' in ''.join(cells[-1]['source']))
+    cells.insert(at, {'cell_type': 'markdown', 'id': MARK, 'metadata': {}, 'source': navigation(path, pages).splitlines(keepends=True)})
+    return json.dumps(notebook | {'cells': cells}, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
+
+
+if __name__ == '__main__':
+    book = order()
+    for page in book[1:]:
+        page.write_text(with_navigation(page, book), encoding='utf-8')
