@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['FlowTokPipeline', 'FlowTok', 'ImageTokenizer', 'TextProjector', 'TextDecoder', 'preset', 'presets', 'recipe',
-           'sample', 'load_flowtok', 'load_tokenizer']
+           'sample', 'load_flowtok', 'load_tokenizer', 'show_grid']
 
 # %% ../nbs/api.ipynb #5d1cea3c
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-_all_ = ['FlowTokPipeline', 'FlowTok', 'ImageTokenizer', 'TextProjector', 'TextDecoder', 'preset', 'presets', 'recipe', 'sample', 'load_flowtok', 'load_tokenizer']
+_all_ = ['FlowTokPipeline', 'FlowTok', 'ImageTokenizer', 'TextProjector', 'TextDecoder', 'preset', 'presets', 'recipe', 'sample', 'load_flowtok', 'load_tokenizer', 'show_grid']
 _modules = {'FlowTokPipeline': 'pipeline', 'FlowTok': 'models.flowtok', 'ImageTokenizer': 'models.tokenizer', 'TextProjector': 'models.text', 'TextDecoder': 'models.text',
-            'preset': 'config', 'presets': 'config', 'recipe': 'config', 'sample': 'flow.solver', 'load_flowtok': 'pretrained', 'load_tokenizer': 'pretrained'}
+            'preset': 'config', 'presets': 'config', 'recipe': 'config', 'sample': 'flow.solver', 'load_flowtok': 'pretrained', 'load_tokenizer': 'pretrained', 'show_grid': 'data.images'}
 
 if TYPE_CHECKING:                                                                # for editors and type checkers
     from flowtok.config import preset, presets, recipe
+    from flowtok.data.images import show_grid
     from flowtok.flow.solver import sample
     from flowtok.models.flowtok import FlowTok
     from flowtok.models.text import TextDecoder, TextProjector

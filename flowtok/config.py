@@ -443,7 +443,7 @@ class Recipe:
     source_std: float = 0.  # text-to-image, source 'fixed': standard deviation of the noise
     mean_scale: float = 0.  # text-to-image, source 'fixed': as in SourceConfig
     direction_weight: float = 0.  # text-to-image: on the direction term between the source's mean and the image tokens
-    image_noise: float = 1.  # flows: share of the posterior's standard deviation in the image tokens: 1 a sample, 0 the mean
+    image_noise: float = 1.  # flows: factor of the posterior's standard deviation in the image tokens: 1 a sample, 0 the mean
     text_noise: float = 1.  # image-to-text: the same of the text tokens
     reverse_share: float = 0.  # both: share of the samples whose captions the text decoder learns to read
     reverse_weight: float = 1.  # both: on the flow loss of one step back from t = 1; 0: captions are read from the source alone
@@ -489,7 +489,7 @@ small_recipes = {
     'tokenizer': replace(tiny_recipes['tokenizer'], steps=2800, text_drop=.5),
     'text': replace(tiny_recipes['text'], steps=800, batch_size=32),
     'text-to-image': replace(tiny_recipes['text-to-image'], steps=6000, batch_size=64),
-    'image-to-text': replace(tiny_recipes['image-to-text'], batch_size=64, steps=6000, text_noise=0.)}
+    'image-to-text': replace(tiny_recipes['image-to-text'], batch_size=64, steps=6000, text_noise=0., image_noise=2.)}
 small_recipes['both'] = replace(small_recipes['text-to-image'], reverse_share=.2, caption_weight=.3)
 
 

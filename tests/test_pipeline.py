@@ -4,9 +4,11 @@ import http.server
 import inspect
 import itertools
 import json
+import shutil
 import sys
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -163,7 +165,7 @@ def test_a_failed_save_leaves_the_old_config(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr('pathlib.Path.write_text', write_half)
     with pytest.raises(OSError):
         changed.save_pretrained(tmp_path, ())
-    assert [path.name for path in tmp_path.iterdir()] == ['config.json'] and (tmp_path / 'config.json').read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['README.md', 'config.json'] and (tmp_path / 'config.json').read_bytes() == before
 
 
 def test_save_and_load_give_the_same(pipe, tmp_path):
@@ -301,3 +303,44 @@ def test_the_paper_size_runs_without_weights_only_with_a_sentence():
     with pytest.raises(RuntimeError):
         pipe(prompts)
     assert json.loads((embedded_weights() / 'config.json').read_text())['name'] == 'tiny'
+
+
+def test_the_path_ends_in_the_image_and_starts_at_the_caption(pipe):
+    seeded = lambda: torch.Generator().manual_seed(3)
+    path = pipe.path(['a red star', 'a blue ring'], 4, generator=seeded(), output_type='pt')
+    assert len(path) == 5 and all(images.shape == (2, 3, 64, 64) for images in path)
+    assert torch.equal(path[-1], pipe(['a red star', 'a blue ring'], 4, generator=seeded(), output_type='pt'))
+    tokens = pipe.path('a red star', 4, generator=seeded(), output_type='tokens', batch_size=1, temperature=0.)
+    ids = pipe.text_encoder.tokenize('a red star')
+    assert torch.allclose(tokens[0], pipe.text_to_image.project(pipe.text_encoder(ids)).mean, atol=1e-5)
+    assert [image.size for image in pipe.path('a red star', 2)[0]] == [(64, 64)]
+    for wrong in (dict(num_inference_steps=0), dict(output_type='jpg'), dict(solver='rk45')):
+        with pytest.raises(ValueError):
+            pipe.path('a red star', **wrong)
+
+
+def test_a_saved_pipeline_has_a_model_card_and_a_persons_own_stays(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path, ['tokenizer', 'text-to-image'])
+    card = (tmp_path / 'README.md').read_text()
+    assert card.startswith('---\nlibrary_name: flowtok') and 'pipeline_tag: text-to-image' in card
+    assert all(f'| {stage} | {sum(p.numel() for p in pipe.parts[stage].parameters()):,} |' in card for stage in ('tokenizer', 'text-to-image'))
+    (tmp_path / 'README.md').write_text('my own')
+    pipe.save_pretrained(tmp_path, ['tokenizer', 'text-to-image'])
+    assert (tmp_path / 'README.md').read_text() == 'my own'
+
+
+def test_a_pipeline_is_pushed_with_its_files(pipe, tmp_path, monkeypatch):
+    import huggingface_hub
+    calls = {}
+
+    class Api:
+        def __init__(self, token=None): calls['token'] = token
+        def create_repo(self, name, private=None, exist_ok=False): return calls.update(private=private, exist_ok=exist_ok) or SimpleNamespace(repo_id=name)
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            shutil.copytree(folder_path, tmp_path / 'hub')
+            return f'https://hub/{repo_id}'
+    monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
+    assert pipe.push_to_hub('me/stars', private=True, token='x') == 'https://hub/me/stars'
+    assert calls == {'token': 'x', 'private': True, 'exist_ok': True} and (tmp_path / 'hub' / 'README.md').exists()
+    again = FlowTokPipeline.from_pretrained(tmp_path / 'hub')
+    assert again.parts.keys() == pipe.parts.keys() and again.config == pipe.config

@@ -7,7 +7,7 @@ __all__ = ['MAX_SHARDS', 'MAX_FILE', 'MAX_SKIPPED', 'UNSAFE', 'SHARD_CACHE_BYTES
            'SHORTEST', 'FORMATS', 'IMAGE_FILES', 'find_shards', 'is_remote', 'Header', 'tar_files', 'parse_shard',
            'cached_shard', 'cache_shard', 'read_shard', 'read_samples', 'Skip', 'record_repair', 'text_of',
            'metadata_of', 'captions_of', 'to_rgb', 'upright', 'fit_image', 'check_size', 'open_image', 'decode_image',
-           'to_images', 'to_pixels', 'image_bytes', 'read_moments']
+           'to_images', 'to_pixels', 'image_bytes', 'show_grid', 'save_animation', 'read_moments']
 
 # %% ../../nbs/data/03_images.ipynb #62cc7dae
 import glob
@@ -22,10 +22,13 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..files import atomic_path
 
 # %% ../../nbs/data/03_images.ipynb #b93d07c0
 MAX_SHARDS = 1_000_000  # of a data set
@@ -370,6 +373,48 @@ def image_bytes(
         if ending in sample:
             return sample[ending]
     raise Skip('no image')
+
+# %% ../../nbs/data/03_images.ipynb #c49ed1fa
+def show_grid(
+    images,  # PIL images, uint8 arrays (h, w, 3), or one tensor (n, 3, h, w) in [0, 1]
+    captions: list[str] | None = None,  # of the images; repeated where they are fewer; None for none
+    columns: int = 8,  # images in a row, at most
+    size: int = 128,  # width of an image in the grid, at least; larger ones keep theirs
+):  # a PIL image
+    "Images in rows, with captions."
+    from PIL import Image, ImageDraw
+    if isinstance(images, Tensor):
+        images = list(to_pixels(images))
+    images = [image if isinstance(image, Image.Image) else Image.fromarray(image) for image in images]
+    if not images:
+        raise ValueError("There is no image to show: give at least one.")
+    columns, wide = min(columns, len(images)), max(size, images[0].width)
+    high, text = wide * images[0].height // images[0].width, 60 if captions else 0
+    grid = Image.new('RGB', (wide * columns, (high + text) * -(-len(images) // columns)), 'white')
+    for i, image in enumerate(images):
+        x, y = i % columns * wide, i // columns * (high + text)
+        grid.paste(image.convert('RGB').resize((wide, high), Image.Resampling.NEAREST), (x, y))
+        if captions:
+            lines = wrap(captions[i % len(captions)], wide // 6)[:4]
+            ImageDraw.Draw(grid).text((x + 2, y + high), '\n'.join(lines), fill='black', font_size=10)
+    return grid
+
+# %% ../../nbs/data/03_images.ipynb #007dd892
+def save_animation(
+    frames: list,  # of each time: images as `show_grid` takes them
+    path: str | Path,  # .gif or .webp
+    captions: list[str] | None = None,  # of the images
+    columns: int = 8,  # images in a row
+    size: int = 128,  # width of an image, at least
+    milliseconds: int = 80,  # of a frame
+    hold: int = 2000,  # milliseconds of the last one
+):
+    "Save grids of images as an animation without end."
+    if Path(path).suffix not in ('.gif', '.webp'):
+        raise ValueError(f"An animation must be a .gif or a .webp, got {path}.")
+    first, *others = [show_grid(images, captions, columns, size) for images in frames]
+    with atomic_path(path) as part:
+        first.save(part, Path(path).suffix[1:], save_all=True, append_images=others, duration=[milliseconds] * len(others) + [hold], loop=0)
 
 # %% ../../nbs/data/03_images.ipynb #b0206681
 def read_moments(

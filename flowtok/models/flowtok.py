@@ -133,12 +133,13 @@ class FlowTok(nn.Module):
         direction: int = 0,  # added to the indicator
         times: Sequence[float] | None = None,  # as `sample`
         **options,  # of `sample`; a flow map has none, its guidance is trained
-    ) -> Tensor:  # (b, k, d)
+    ) -> Tensor:  # (b, k, d); with return_path (N+1, b, k, d)
         "Carry tokens from one end to the other, along the velocity or by the flow map."
         if self.config.flow.flow_map:
             if options.get('solver', 'euler') != 'euler':
                 raise ValueError(f"solver must be left out, got {options['solver']!r}: a flow map takes its steps without one.")
-            return sample_flow_map(lambda x, t, s: self.velocity(x, t, direction, s), x, num_inference_steps=num_inference_steps, times=times, reverse=reverse)
+            return sample_flow_map(lambda x, t, s: self.velocity(x, t, direction, s), x, num_inference_steps=num_inference_steps, times=times, reverse=reverse,
+                                   return_path=options.get('return_path', False))
         velocity = (lambda x, t, indicator: self.velocity(x, t, indicator + direction)) if direction else self.velocity
         return sample(velocity, x, num_inference_steps=num_inference_steps, times=times, reverse=reverse, **options)
 

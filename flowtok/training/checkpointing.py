@@ -6,7 +6,7 @@
 __all__ = ['DRAWING', 'STOP_SIGNALS', 'MAX_SOURCE_SNR', 'MAX_SOURCE_COSINE', 'COLLAPSE_STEP', 'save_state', 'checkpoints',
            'newest_state', 'set_aside', 'all_gather_object', 'training_state', 'restore', 'save_checkpoint',
            'run_identity', 'check_identity', 'other_stages', 'merge_config', 'check_folder', 'Stopped', 'GracefulStop',
-           'Log', 'loggable_values', 'collapse_warning', 'make_sheet', 'show_progress', 'progress_line']
+           'Log', 'loggable_values', 'collapse_warning', 'show_progress', 'progress_line']
 
 # %% ../../nbs/training/03_checkpointing.ipynb #15de61ee
 import hashlib
@@ -18,9 +18,7 @@ import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from textwrap import wrap
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,7 +26,7 @@ from torch import Tensor
 from ..config import FlowTokConfig, SamplingConfig, SourceConfig, every_stage, from_json, stages
 from ..data.mixture import describe_sources, find_sources
 from ..files import atomic_path, file_digest, write_atomically
-from ..data.images import to_pixels
+from ..data.images import show_grid
 from ..losses.objective import error_by_times, loss_by_time_bin
 from .tasks import Run, Stage, earlier_weights, initial_weights, weights_file
 from .optim import Ema
@@ -277,23 +275,6 @@ def collapse_warning(
             "image for each caption, the mean of all. Raise kl_weight, or use source=fixed with a source_std and a mean_scale.")
 
 # %% ../../nbs/training/03_checkpointing.ipynb #23b45bec
-def make_sheet(
-    pixels: np.ndarray,  # (n, h, w, 3) uint8
-    prompts: list[str],  # of the images; as often as they fit
-):  # a PIL image, eight of them in a row
-    "Images, each with its caption below."
-    from PIL import Image, ImageDraw
-    columns, wide, text = min(8, len(pixels)), max(128, pixels.shape[2]), 60
-    high = wide * pixels.shape[1] // pixels.shape[2]
-    sheet = Image.new('RGB', (wide * columns, (high + text) * -(-len(pixels) // columns)), 'white')
-    write = ImageDraw.Draw(sheet).text
-    for i, image in enumerate(pixels):
-        x, y = i % columns * wide, i // columns * (high + text)
-        sheet.paste(Image.fromarray(image).resize((wide, high), Image.Resampling.NEAREST), (x, y))
-        write((x + 2, y + high), '\n'.join(wrap(prompts[i % len(prompts)], wide // 6)[:4]), fill='black', font_size=10)
-    return sheet
-
-
 @torch.no_grad()
 def show_progress(
     stage: Stage,
@@ -314,7 +295,7 @@ def show_progress(
     stage.train()
     if images is not None:
         with atomic_path(folder / f'{step:07d}.png') as part:
-            make_sheet(to_pixels(images), prompts).save(part, 'png')
+            show_grid(images, prompts).save(part, 'png')
     if captions is not None:
         log.write(step=step, captions=captions, prompts=prompts)
 

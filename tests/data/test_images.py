@@ -13,7 +13,7 @@ from made import image, saved, write
 from PIL import Image
 
 from flowtok.data import images as data
-from flowtok.data.images import (Skip, captions_of, decode_image, find_shards, image_bytes, read_samples, read_shard,
+from flowtok.data.images import (Skip, captions_of, decode_image, find_shards, image_bytes, read_samples, read_shard, save_animation, show_grid,
                           to_images, to_pixels)
 from flowtok.data.shapes import write_shards
 
@@ -196,3 +196,27 @@ def test_a_pass_that_is_broken_off_keeps_nothing(tmp_path):
     data.shard_cache.clear()
     next(data.read_shard(str(path), Counter()))
     assert not data.shard_cache
+
+
+def test_a_grid_shows_every_image_with_its_caption():
+    images = [np.full((32, 32, 3), value, np.uint8) for value in (0, 100, 200)]
+    grid = show_grid(images, columns=2, size=64)
+    assert grid.size == (128, 128) and [grid.getpixel(at)[0] for at in ((10, 10), (70, 10), (10, 70), (70, 70))] == [0, 100, 200, 255]
+    tensor = torch.stack([torch.full((3, 32, 32), value / 255) for value in (0, 100, 200)])
+    assert show_grid(tensor, columns=2, size=64).tobytes() == grid.tobytes()
+    named = np.asarray(show_grid(images, ['a long caption that has to be wrapped', 'b'], columns=3))
+    assert named.shape == (128 + 60, 3 * 128, 3) and named[128:].min() < 100          # text below
+    with pytest.raises(ValueError):
+        show_grid([])
+
+
+def test_an_animation_has_a_frame_for_each_time(tmp_path):
+    frames = [[np.full((32, 32, 3), value, np.uint8)] * 2 for value in (0, 100, 200)]
+    save_animation(frames, tmp_path / 'a.gif', ['a', 'b'])
+    with Image.open(tmp_path / 'a.gif') as moving:
+        assert moving.n_frames == 3 and moving.size == (256, 188) and moving.info['loop'] == 0
+    with pytest.raises(ValueError):
+        save_animation(frames, tmp_path / 'a.mp4')
+    with pytest.raises(ValueError):
+        save_animation([[]], tmp_path / 'b.gif')
+    assert [path.name for path in tmp_path.iterdir()] == ['a.gif']
