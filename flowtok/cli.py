@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['hints', 'comments', 'RecipeChanges', 'COMMANDS', 'load_pipeline', 'Generate', 'Caption', 'Train', 'Conversion',
-           'Coco', 'Mjhq', 'Folder', 'HuggingFace', 'EmojiShards', 'Shards', 'Tables', 'Bench', 'Convert', 'main']
+           'Coco', 'Mjhq', 'Folder', 'HuggingFace', 'EmojiShards', 'Shards', 'Tables', 'Bench', 'Convert', 'Demo',
+           'main']
 
 # %% ../nbs/cli.ipynb #6c976175
 import os
@@ -295,10 +296,22 @@ class Convert:
         values = asdict(self)
         print(convert(values.pop('source'), values.pop('folder'), **values))
 
+# %% ../nbs/cli.ipynb #4aaded46
+@dataclass
+class Demo:
+    "Open a page in the browser: prompts to images, images to captions."
+    pipeline: str = ''  # folder or hub id of a pipeline (default: the small model of the package)
+    host: str = '127.0.0.1'  # address to listen at; 0.0.0.0 for other machines, too
+    port: int = 7860
+
+    def run(self):
+        from flowtok.demo import build_page
+        build_page(load_pipeline(self.pipeline)).launch(server_name=self.host, server_port=self.port, share=False)
+
 # %% ../nbs/cli.ipynb #76f445d4
 COMMANDS = (Annotated[Generate, subcommand('generate')] | Annotated[Caption, subcommand('caption')] | Annotated[Train, subcommand('train')]
             | Annotated[Shards, subcommand('shards')] | Annotated[Tables, subcommand('tables')] | Annotated[Bench, subcommand('bench')]
-            | Annotated[Convert, subcommand('convert')])
+            | Annotated[Convert, subcommand('convert')] | Annotated[Demo, subcommand('demo')])
 
 
 def main(argv: list[str] | None = None):

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 from readme import markdown, root
 
 nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-packages = 'config files flow models losses data training pipeline pretrained evaluation experiments speed cli __init__'.split()  # each imports those before it
+packages = 'config files flow models losses data training pipeline pretrained evaluation experiments speed demo cli __init__'.split()  # each imports those before it
 
 
 def cells(path, kind='code'):
@@ -240,7 +240,7 @@ def test_package_says_what_settings_say():
     stated = {str(Requirement(r)) for r in cfg['requirements'].split()}
     installed = {str(Requirement(r)) for r in importlib.metadata.requires('flowtok') if 'extra' not in r}
     assert stated == installed, 'settings.ini changed after the install: pip install -e . again'
-    assert set(meta.get_all('Provides-Extra')) == {'dev', 'captions', 'perceptual', 'real', 'hf', 'docs', 'peers'}
+    assert set(meta.get_all('Provides-Extra')) == {'dev', 'captions', 'perceptual', 'real', 'hf', 'demo', 'docs', 'peers'}
 
 
 def test_entry_points_lead_somewhere():
