@@ -1,5 +1,7 @@
 """Every run notebook at smoke size, through papermill, as a user starts it."""
+import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -93,6 +95,14 @@ def test_the_judge_of_emoji_on_an_untrained_model(tmp_path):
     assert {row['of'] for row in record.metrics['text to image']} == {'people, held out', 'people, seen', 'other emoji, seen'}
     assert all(row['top-1 (%)'] < 60 for row in record.metrics['text to image']) and record.conditions['scale'] == 'small'
     assert (tmp_path / 'held_out_people.png').exists() and len(record.metrics['image to text']) == 3
+
+
+def test_flowtok_in_one_page(tmp_path):
+    done = papermill('one_page', tmp_path, '-p', 'steps', '4')
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r'held out: \d+% right', (tmp_path / 'run.ipynb').read_text())
+    code = [c['source'] for c in json.loads((root / 'nbs' / 'one_page.ipynb').read_text())['cells'] if c['cell_type'] == 'code' and 'steps: int' not in ''.join(c['source'])]
+    assert sum(bool(line.strip()) for cell in code for line in cell) < 90         # data and evaluation included
 
 
 def test_text_encoders_are_compared_on_one_tokenizer(tmp_path):
