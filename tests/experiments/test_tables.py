@@ -151,12 +151,21 @@ def test_committed_records_are_records():
             assert read_record(path).git['commit'] is not None, path
 
 
+def test_a_comparison_is_a_row_with_its_verdict():
+    comparison = {'better': 'base', 'worse': 'source KL 1e-4', 'measure': 'FID, stand-in features', 'gain': -.5, 'low': -1.25, 'high': -.1, 'seeds': 3, 'verdict': 'not seen: the opposite is'}
+    row = tables.verdict_row(tables.sentence_of(comparison) + ' (tiny; [record](a/result.json))')
+    assert row == {'better': 'base', 'than': 'source KL 1e-4', 'measure': 'Fréchet distance', 'gain': '-0.5', '95% interval': '-1.25 to -0.1', 'seeds': '3',
+                   'expected by': 'the paper', 'measured': 'the opposite'}
+    few = tables.verdict_row(tables.sentence_of(comparison | {'low': None, 'high': None, 'verdict': 'too few seeds to tell'}, 'the ordering of the recipe'))
+    assert few['95% interval'] == '' and few['expected by'] == 'our recipe' and tables.verdict_row('Training memory in MB: source 112.0.') is None
+
+
 def test_tables_are_what_the_records_give(tmp_path):
     copy = tmp_path / 'papers_results'
     for where in committed:
         (copy / where).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / where, copy / where)
-    for there in (*folder.glob('*/*.png'), *folder.glob('*/*.md')):              # the README links to them
+    for there in (*folder.glob('*/*.png'), *folder.glob('*/*.webp'), *folder.glob('*/*.md')):              # the README links to them
         (copy / there.parent.name).mkdir(exist_ok=True)
         shutil.copy(there, copy / there.parent.name)
     assert not list(copy.glob('*.md'))
