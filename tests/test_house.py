@@ -173,6 +173,23 @@ def test_notebooks_are_fit_to_read(path):
     assert not re.findall(r'/(?:home|root|work|tmp|Users)/\S*', text)
 
 
+@pytest.mark.parametrize('path', nbs[::6], ids=ident)
+def test_what_jupyterlab_saves_is_what_is_committed(path):
+    "By the hook of nbdev_install_hooks: execution counts and the machine's metadata do not reach the file."
+    from nbdev.clean import clean_jupyter
+    committed = json.loads(path.read_text(encoding='utf-8'))
+    saved = json.loads(path.read_text(encoding='utf-8'))
+    saved['metadata'] = {'kernelspec': {'display_name': 'Python 3 (ipykernel)', 'language': 'python', 'name': 'python3'},
+                         'language_info': {'name': 'python', 'version': '3.12.1', 'mimetype': 'text/x-python'}}
+    for i, cell in enumerate(c for c in saved['cells'] if c['cell_type'] == 'code'):
+        cell['execution_count'], cell['metadata'] = i, cell['metadata'] | {'execution': {'iopub.status.busy': '2026-01-01T00:00:00'}, 'trusted': True}
+        for output in cell['outputs']:
+            if 'execution_count' in output:
+                output['execution_count'] = i
+    clean_jupyter(path=str(path), model={'type': 'notebook', 'content': saved})
+    assert saved == committed
+
+
 @pytest.mark.parametrize('path', run_notebooks, ids=ident)
 def test_run_notebooks_take_parameters(path):
     assert [c for c in cells(path) if 'parameters' in c['metadata'].get('tags', [])], 'no cell tagged parameters'
