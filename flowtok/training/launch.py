@@ -45,7 +45,7 @@ def launch(
     if processes > 1:
         command += ['torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '-m']
     command += ['flowtok.training.fit', str(run.folder / 'launch.json')]
-    threads = max(1, (os.cpu_count() or 1) // (processes * stages_at_once))
+    threads = os.environ.get('OMP_NUM_THREADS') or max(1, (os.cpu_count() or 1) // (processes * stages_at_once))   # a user's choice stays
     old = log.stat().st_ino if log.exists() else None
     with errors.open('w') as sink:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sink, stderr=sink,   # the pipe ends with this process
