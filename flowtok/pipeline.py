@@ -316,6 +316,8 @@ def stream(
                     guidance_scale=guidance_scale_of(self.config, 'text-to-image', guidance_scale),
                     guidance_interval=default.guidance_interval if guidance_interval is None else guidance_interval,
                     schedule=default.schedule, solver=solver, times=times, **({'return_path': True} if return_path else {}))
+    if guidance_interval is not None and self.parts[self.parts_for('text-to-image')[-1]].config.flow.flow_map:
+        raise ValueError(f"guidance_interval must be left out, got {guidance_interval!r}: the guidance of a flow map is in its weights.")
     temperature = check_number('temperature', default.temperature if temperature is None else temperature, 0, 2)
     check_prompts(prompts)
     if isinstance(prompts, (str, Sequence)):

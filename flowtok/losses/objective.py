@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['kl_losses', 'align_targets', 'align_losses', 'flow_matching_loss', 'kl_loss', 'released_kl_loss', 'variance_kl_loss',
            'pool_target', 'alignment_loss', 'direction_loss', 'source_levels', 'token_snr', 'ObjectiveConfig',
-           'flow_terms', 'text_to_image_terms', 'image_to_text_terms', 'reverse_terms', 'flow_map_terms', 'total',
-           'loss_by_time_bin', 'error_by_times', 'edge_map', 'reconstruction_loss', 'hinge_discriminator_loss',
-           'hinge_generator_loss', 'lecam_loss', 'moving_average', 'gan_factor', 'perceptual_loss',
-           'TokenizerObjectiveConfig', 'tokenizer_terms', 'caption_cross_entropy']
+           'flow_terms', 'text_to_image_terms', 'image_to_text_terms', 'flow_map_terms', 'total', 'loss_by_time_bin',
+           'error_by_times', 'edge_map', 'reconstruction_loss', 'hinge_discriminator_loss', 'hinge_generator_loss',
+           'lecam_loss', 'moving_average', 'gan_factor', 'perceptual_loss', 'TokenizerObjectiveConfig',
+           'tokenizer_terms', 'caption_cross_entropy', 'reverse_terms']
 
 # %% ../../nbs/losses/01_objective.ipynb #0d7c446c
 from collections.abc import Callable
@@ -224,25 +224,6 @@ def image_to_text_terms(
     "Losses of image to text: flow matching alone."
     return flow_terms(model, image_tokens, text_tokens, objective=objective, generator=generator)
 
-# %% ../../nbs/losses/01_objective.ipynb #80b49313
-def reverse_terms(
-    model,  # TwoWayFlowTok
-    text_features: Tensor,  # of the first captions, (b, n, c)
-    image_tokens: Tensor,  # (b, k, d) with k = n
-    ids: Tensor,  # of the first captions, (b, n) long
-    generator: torch.Generator | ShardedRandom | None = None,  # source of randomness
-    step_back: bool = True,  # False: the source alone, the velocity is left as it is
-) -> dict[str, Tensor]:  # reverse (b,), caption (), and for the log exact ()
-    "Losses of captions by reversal: the flow loss at t = 1, and the cross-entropy of captions read from the source and from one step back."
-    x0 = model.project(text_features).sample(generator)                          # (b, n, d)
-    if not step_back:
-        logits = model.decoder(x0.detach())
-        return {'caption': caption_cross_entropy(logits, ids), 'exact': (logits.argmax(-1) == ids).all(1).float().mean()}
-    back = image_tokens - model.velocity(image_tokens, 1., 0, 0.)                # (b, n, d)
-    logits = model.decoder(torch.cat([x0, back]))                                # (2 b, n, vocabulary)
-    exact = (logits[len(ids):].argmax(-1) == ids).all(1).float().mean()
-    return {'reverse': (back - x0).square().flatten(1).mean(1), 'caption': caption_cross_entropy(logits, torch.cat([ids, ids])), 'exact': exact}
-
 # %% ../../nbs/losses/01_objective.ipynb #a28df406
 def flow_map_terms(
     model,  # with velocity(x, t, indicator, s)
@@ -425,3 +406,22 @@ def caption_cross_entropy(
     loss = F.cross_entropy(logits.float().transpose(1, 2), ids, reduction='none')  # (b, n)
     weight = torch.where(ids == pad_id, pad_weight, 1.)                          # (b, n)
     return (loss * weight).sum() / weight.sum()
+
+# %% ../../nbs/losses/01_objective.ipynb #80b49313
+def reverse_terms(
+    model,  # TwoWayFlowTok
+    text_features: Tensor,  # of the first captions, (b, n, c)
+    image_tokens: Tensor,  # (b, k, d) with k = n
+    ids: Tensor,  # of the first captions, (b, n) long
+    generator: torch.Generator | ShardedRandom | None = None,  # source of randomness
+    step_back: bool = True,  # False: the source alone, the velocity is left as it is
+) -> dict[str, Tensor]:  # reverse (b,), caption (), and for the log exact ()
+    "Losses of captions by reversal: the flow loss at t = 1, and the cross-entropy of captions read from the source and from one step back."
+    x0 = model.project(text_features).sample(generator)                          # (b, n, d)
+    if not step_back:
+        logits = model.decoder(x0.detach())
+        return {'caption': caption_cross_entropy(logits, ids), 'exact': (logits.argmax(-1) == ids).all(1).float().mean()}
+    back = image_tokens - model.velocity(image_tokens, 1., 0, 0.)                # (b, n, d)
+    logits = model.decoder(torch.cat([x0, back]))                                # (2 b, n, vocabulary)
+    exact = (logits[len(ids):].argmax(-1) == ids).all(1).float().mean()
+    return {'reverse': (back - x0).square().flatten(1).mean(1), 'caption': caption_cross_entropy(logits, torch.cat([ids, ids])), 'exact': exact}

@@ -72,7 +72,7 @@ def test_one_network_is_trained_saved_and_does_both_tasks(folder, tmp_path, arm)
             call()
     if arm == 'flow map':                                                                    # its guidance is in the weights, its steps have no solver
         assert config.sampling.steps == 4 and config.guided == ('image-to-text',)
-        for wrong in (dict(guidance_scale=2.), dict(solver='heun')):
+        for wrong in (dict(guidance_scale=2.), dict(solver='heun'), dict(guidance_interval=(0., .2))):
             with pytest.raises(ValueError):
                 pipe('a red star', **wrong)
 
