@@ -98,7 +98,7 @@ def test_the_judge_of_emoji_on_an_untrained_model(tmp_path):
 
 
 def test_flowtok_in_one_page(tmp_path):
-    done = papermill('one_page', tmp_path, '-p', 'steps', '4')
+    done = papermill('one_page', tmp_path, '-p', 'steps', '4', '-p', 'n', '6')
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r'held out: \d+% right', (tmp_path / 'run.ipynb').read_text())
     code = [c['source'] for c in json.loads((root / 'nbs' / 'one_page.ipynb').read_text())['cells'] if c['cell_type'] == 'code' and 'steps: int' not in ''.join(c['source'])]
