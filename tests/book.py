@@ -8,8 +8,8 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
 PARTS = {
-    'Start': ['quickstart', 'train'], 'The flow': ['flow/*'], 'Models': ['models/*'], 'Losses': ['losses/*'], 'Data': ['data/*'], 'Training': ['training/*'],
-    'Use': ['pipeline', 'pretrained', 'cli'], 'Evaluation': ['evaluation/*'], 'Speed': ['speed/*'], 'Experiments': ['experiments/*'],
+    'Start': ['one_page', 'quickstart', 'playground', 'train'], 'The flow': ['flow/*'], 'Models': ['models/*'], 'Losses': ['losses/*'], 'Data': ['data/*'], 'Training': ['training/*'],
+    'Use': ['pipeline', 'pretrained', 'demo', 'cli'], 'Evaluation': ['evaluation/*'], 'Speed': ['speed/*'], 'Experiments': ['experiments/*'],
     'Behind it': ['api', 'config', 'files', 'promises', 'log']}
 
 
@@ -42,7 +42,7 @@ def write_sources(target: Path):
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(root / 'nbs', target / 'nbs', ignore=shutil.ignore_patterns('.*'))
     shutil.copytree(root / 'papers_results', target / 'papers_results', ignore=shutil.ignore_patterns('runs', '.*'))
-    for name in ('LICENSE', 'SECURITY.md'):
+    for name in ('LICENSE', 'SECURITY.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'CITATION.cff'):
         shutil.copy(root / name, target)
     for file in (target / 'nbs').rglob('*.ipynb'):
         file.write_text(json.dumps(readable(json.loads(file.read_text()))))
@@ -53,6 +53,7 @@ def write_sources(target: Path):
         if not (text := file.read_text()).startswith('# '):
             file.write_text(f"# {page.removeprefix('papers_results/').replace('/', ', ').replace('_', ' ')}\n\n{text}")
     parts.append({'caption': 'Results', 'chapters': [{'file': 'papers_results/README', 'sections': [{'file': page} for page in results]}]})
+    parts.append({'caption': 'Project', 'chapters': [{'file': page} for page in ('CONTRIBUTING', 'CHANGELOG', 'SECURITY')]})
     (target / '_toc.yml').write_text(json.dumps({'format': 'jb-book', 'root': 'nbs/index', 'parts': parts}, indent=1))       # JSON is YAML
     (target / '_config.yml').write_text(json.dumps({
         'title': 'FlowTok', 'author': 'the flowtok contributors', 'copyright': '2026', 'only_build_toc_files': True, 'execute': {'execute_notebooks': 'off'},
