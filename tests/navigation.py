@@ -31,13 +31,19 @@ def navigation(path: Path, pages: list[Path]) -> str:
     return ' · '.join(links)
 
 
+def with_cell(path: Path, ident: str, text: str, at: int) -> str:  # the notebook's text
+    "A notebook with a generated Markdown cell at a place, in the stead of the one with its id."
+    notebook = json.loads(path.read_text(encoding='utf-8'))
+    cells = [cell for cell in notebook['cells'] if cell.get('id') != ident]
+    cells.insert(at, {'cell_type': 'markdown', 'id': ident, 'metadata': {}, 'source': text.splitlines(keepends=True)})
+    return json.dumps(notebook | {'cells': cells}, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
+
+
 def with_navigation(path: Path, pages: list[Path]) -> str:  # the notebook's text
     "A notebook with its links in the last visible cell."
-    notebook = json.loads(path.read_text(encoding='utf-8'))
-    cells = [cell for cell in notebook['cells'] if cell.get('id') != MARK]
+    cells = [cell for cell in json.loads(path.read_text(encoding='utf-8'))['cells'] if cell.get('id') != MARK]
     at = len(cells) - (cells[-1]['cell_type'] == 'code' and 'nbdev_export()' in ''.join(cells[-1]['source']))
-    cells.insert(at, {'cell_type': 'markdown', 'id': MARK, 'metadata': {}, 'source': navigation(path, pages).splitlines(keepends=True)})
-    return json.dumps(notebook | {'cells': cells}, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
+    return with_cell(path, MARK, navigation(path, pages), at)
 
 
 if __name__ == '__main__':

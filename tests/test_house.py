@@ -11,6 +11,7 @@ from configparser import ConfigParser
 
 import navigation
 import pytest
+import results
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from readme import markdown, root
@@ -216,6 +217,15 @@ def test_every_page_leads_to_the_one_before_the_index_and_the_next():
     assert not stale, f'run python tests/navigation.py: {stale}'
     links = [page.parent / target for page in nbs for c in cells(page, 'markdown') for target in re.findall(r'\]\((?![a-z]+:|#)([^)\s#]+)', source(c))]
     assert len(links) > 150 and not [link for link in links if not link.exists()]
+
+
+def test_run_notebooks_open_with_what_their_records_say():
+    stale = [name for name in results.RESULTS if (root / 'nbs' / f'{name}.ipynb').read_text(encoding='utf-8') != results.with_results(root / 'nbs' / f'{name}.ipynb')]
+    assert not stale, f'run python tests/results.py: {stale}'
+    committed = {file.parent.relative_to(root / 'papers_results').as_posix() for file in (root / 'papers_results').rglob('result.json')}
+    shown = {folder for records in results.RESULTS.values() for folder, *_ in records}
+    seeds = {folder for folder in committed if any(folder.startswith(f'{one}/') for one in shown)}
+    assert committed - shown - seeds - {folder for folder in committed if folder.startswith('runs/')} <= {'figures', 'speed_h200'}
 
 
 def test_chapters_are_named_by_links():
