@@ -24,6 +24,7 @@ from flowtok.models.flowtok import direction_config
 from flowtok.models.text import tell_truncation
 from flowtok.pipeline import PARTS, FlowTokPipeline, embedded_weights
 from flowtok.data.shapes import captions, draw_scene, render
+from flowtok.data.verifier import is_true
 
 
 @pytest.fixture(scope='module')
@@ -344,3 +345,17 @@ def test_a_pipeline_is_pushed_with_its_files(pipe, tmp_path, monkeypatch):
     assert calls == {'token': 'x', 'private': True, 'exist_ok': True} and (tmp_path / 'hub' / 'README.md').exists()
     again = FlowTokPipeline.from_pretrained(tmp_path / 'hub')
     assert again.parts.keys() == pipe.parts.keys() and again.config == pipe.config
+
+
+def test_the_way_back_tells_which_caption_an_image_has(pipe):
+    scenes = [draw_scene(i, 'held_out') for i in range(24)]
+    texts = [captions(scene, i, 1, 'held_out')[0] for i, scene in enumerate(scenes)]
+    images = torch.from_numpy(np.stack([render(scene, 64) for scene in scenes])).permute(0, 3, 1, 2) / 255
+    scores = pipe.match(images, texts)
+    right = [is_true(texts[j], scene) for scene, j in zip(scenes, scores.argmax(1).tolist())]
+    assert scores.shape == (24, 24) and scores.isfinite().all() and sum(right) >= 14       # by chance about one
+    shuffled = pipe.match(images, texts[::-1]).flip(1)
+    assert torch.allclose(shuffled, scores, atol=1e-4) and torch.allclose(pipe.match(images[:3], texts, batch_size=2), scores[:3], atol=1e-3)
+    for wrong in (lambda: pipe.match(images, []), lambda: pipe.match(images, texts, 0), lambda: pipe.match(images, ['a xylophone'])):
+        with pytest.raises(ValueError):
+            wrong()
