@@ -200,33 +200,6 @@ def push_to_hub(
         name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=commit_message))
 
-# %% ../nbs/pipeline.ipynb #8a3172eb
-@patch
-@torch.no_grad()
-def match(
-    self: FlowTokPipeline,
-    images,  # m images, as `FlowTokPipeline.caption`
-    captions: Sequence[str],  # n candidates
-    num_inference_steps: int = 1,  # of the way back
-    *,
-    solver: str = 'euler',  # one of flowtok.flow.solver.solvers
-    batch_size: int = 64,  # images at a time
-) -> Tensor:  # mean log-likelihood of each caption for each image, (m, n); larger is likelier
-    "Score captions for images by the flow from text to image, followed backwards."
-    self.require_weights(*self.parts_for('text-to-image'))
-    batch_size, stage = check_integer('batch_size', batch_size), self.parts_for('text-to-image')[-1]
-    source = self.parts[stage].project(self.text_encoder(self.text_encoder.tokenize(list(captions)).to(self.device)))
-    scores = []
-    for batch in self.prepare_images(images).split(batch_size):
-        x1 = self.tokenizer.to_flow(self.tokenizer.encode(batch.to(self.device)).mean)                  # (b, k, d)
-        if self.parts[stage].config.flow.flow_map:
-            x0 = self.parts[stage].follow(x1, num_inference_steps=num_inference_steps, reverse=True, solver=solver)
-        else:
-            x0 = sample(self.velocity(stage), x1, num_inference_steps=num_inference_steps, guidance_scale=1., solver=solver, reverse=True)
-        error = (x0[:, None] - source.mean) / source.std                                                # (b, n, k, d)
-        scores.append((-error.square() / 2 - source.std.log()).flatten(2).mean(2))
-    return torch.cat(scores).cpu()
-
 # %% ../nbs/pipeline.ipynb #c3bee928
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 
@@ -599,3 +572,30 @@ def path(
     batches = list(self.stream(prompt, num_inference_steps, guidance_scale, generator, output_type, return_path=True, **options))
     join = torch.cat if output_type != 'pil' else lambda parts: [image for part in parts for image in part]
     return [join(parts) for parts in zip(*batches)]
+
+# %% ../nbs/pipeline.ipynb #8a3172eb
+@patch
+@torch.no_grad()
+def match(
+    self: FlowTokPipeline,
+    images,  # m images, as `FlowTokPipeline.caption`
+    captions: Sequence[str],  # n candidates
+    num_inference_steps: int = 1,  # of the way back
+    *,
+    solver: str = 'euler',  # one of flowtok.flow.solver.solvers
+    batch_size: int = 64,  # images at a time
+) -> Tensor:  # mean log-likelihood of each caption for each image, (m, n); larger is likelier
+    "Score captions for images by the flow from text to image, followed backwards."
+    self.require_weights(*self.parts_for('text-to-image'))
+    batch_size, stage = check_integer('batch_size', batch_size), self.parts_for('text-to-image')[-1]
+    source = self.parts[stage].project(self.text_encoder(self.text_encoder.tokenize(list(captions)).to(self.device)))
+    scores = []
+    for batch in self.prepare_images(images).split(batch_size):
+        x1 = self.tokenizer.to_flow(self.tokenizer.encode(batch.to(self.device)).mean)                  # (b, k, d)
+        if self.parts[stage].config.flow.flow_map:
+            x0 = self.parts[stage].follow(x1, num_inference_steps=num_inference_steps, reverse=True, solver=solver)
+        else:
+            x0 = sample(self.velocity(stage), x1, num_inference_steps=num_inference_steps, guidance_scale=1., solver=solver, reverse=True)
+        error = (x0[:, None] - source.mean) / source.std                                                # (b, n, k, d)
+        scores.append((-error.square() / 2 - source.std.log()).flatten(2).mean(2))
+    return torch.cat(scores).cpu()
