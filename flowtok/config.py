@@ -444,12 +444,12 @@ class Recipe:
     mean_scale: float = 0.  # text-to-image, source 'fixed': as in SourceConfig
     direction_weight: float = 0.  # text-to-image: on the direction term between the source's mean and the image tokens
     image_noise: float = 1.  # flows: factor of the posterior's standard deviation in the image tokens: 1 a sample, 0 the mean
-    text_noise: float = 1.  # image-to-text: the same of the text tokens
-    reverse_share: float = 0.  # both: share of the samples whose captions the text decoder learns to read
-    reverse_weight: float = 1.  # both: on the flow loss of one step back from t = 1; 0: captions are read from the source alone
-    caption_share: float = 0.  # both: share of the samples of the second direction, from image to text; 0 for no such direction
-    caption_weight: float = 0.  # both: on the cross-entropy of these captions
-    flow_map: str = ''  # text-to-image, both: '' or a target of flowtok.flow.flow_map, by which the flow in `init` is learned in few steps
+    text_noise: float = field(default=1., metadata={'optional': True})  # image-to-text: the same of the text tokens
+    reverse_share: float = field(default=0., metadata={'optional': True})  # both: share of the samples whose captions the text decoder learns to read
+    reverse_weight: float = field(default=1., metadata={'optional': True})  # both: on the flow loss of one step back from t = 1; 0: captions are read from the source alone
+    caption_share: float = field(default=0., metadata={'optional': True})  # both: share of the samples of the second direction, from image to text; 0 for no such direction
+    caption_weight: float = field(default=0., metadata={'optional': True})  # both: on the cross-entropy of these captions
+    flow_map: str = field(default='', metadata={'optional': True})  # text-to-image, both: '' or a target of flowtok.flow.flow_map, by which the flow in `init` is learned in few steps
     augment: bool = False  # tokenizer: crop images at random and flip half of them
     whiten: bool = False  # tokenizer: measure the tokens at the end, so that the flow sees mean 0 and deviation 1
 

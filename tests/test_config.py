@@ -137,3 +137,10 @@ def test_an_interval_of_guidance_is_checked_and_survives_json():
     older = json.loads(to_json(preset('tiny')))
     del older['sampling']['guidance_interval']
     assert from_json(json.dumps(older)).sampling.guidance_interval == (0., 1.)
+
+
+def test_a_recipe_of_an_older_version_is_read():
+    saved = json.loads(to_json(recipe('tiny', 'both')))
+    for name in ('text_noise', 'reverse_share', 'reverse_weight', 'caption_share', 'caption_weight', 'flow_map'):
+        saved.pop(name)
+    assert from_json(json.dumps(saved), Recipe) == replace(recipe('tiny', 'both'), reverse_share=0., caption_weight=0.)
