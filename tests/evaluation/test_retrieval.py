@@ -1,5 +1,4 @@
 "Retrieval as a judge: what a perfect, a wrong, a copying and a blurring model score."
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,5 +78,5 @@ def test_scores_of_ones_own_data():
     assert scores['psnr'] > 25 and scores['reconstruction']['top-1']['percent'] == 100 and scores['n'] == 12
     rows = score_rows(scores)
     assert {'value', 'low', 'high', 'n'} < set(rows[0]) and any(scores['distance']['features'] in row['measure'] for row in rows)
-    part = own_data_scores(SimpleNamespace(parts={'tokenizer': pipe.tokenizer}, tokenizer=pipe.tokenizer, device=pipe.device), images, texts)
+    part = own_data_scores(FlowTokPipeline(pipe.config, tokenizer=pipe.tokenizer), images, texts)
     assert part.keys() == {'n', 'psnr', 'reconstruction'}
