@@ -301,7 +301,7 @@ class Convert:
 class Demo:
     "Open a page in the browser: prompts to images, images to captions."
     pipeline: str = ''  # folder or hub id of a pipeline (default: the small model of the package)
-    host: str = '127.0.0.1'  # address to listen at; 0.0.0.0 for other machines, too
+    host: str = '127.0.0.1'  # network interface to bind; 0.0.0.0 for all of them
     port: int = 7860
 
     def run(self):

@@ -401,7 +401,7 @@ def check_recipe(
         raise ValueError(f"A discriminator has to learn: gan_weight {recipe.gan_weight} needs a gan_learning_rate "
                          "above 0, got 0.")
 
-# %% ../nbs/config.ipynb #5e628f80
+# %% ../nbs/config.ipynb #9cb07dc1
 @dataclass(frozen=True)
 class Recipe:
     "Training recipe of one stage."
@@ -453,8 +453,7 @@ class Recipe:
     augment: bool = False  # tokenizer: crop images at random and flip half of them
     whiten: bool = False  # tokenizer: measure the tokens at the end, so that the flow sees mean 0 and deviation 1
 
-    def __post_init__(self):
-        check_recipe(self)
+    def __post_init__(self): check_recipe(self)
 
     @property
     def source_config(self) -> SourceConfig:

@@ -158,7 +158,7 @@ def model_card(
             "```python\nfrom flowtok import FlowTokPipeline\n\n" + '\n'.join(use) + "\n```\n\n| part | parameters |\n| --- | --- |\n" + '\n'.join(rows) +
             "\n\nTraining data, evaluation and licence: to be filled in by who trained it.\n")
 
-
+# %% ../nbs/pipeline.ipynb #9db82563
 @patch
 def save_pretrained(
     self: FlowTokPipeline,

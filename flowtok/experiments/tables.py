@@ -372,7 +372,7 @@ def contents_row(
             'notebooks': ', '.join(f'[{notebook}](../nbs/{"" if notebook == "train" else "experiments/"}{notebook}.ipynb)' for notebook in notebooks.split()),
             "the paper's values from": SOURCES.get(name, SOURCES['table 2'] if name == 'figure 3' else '')}
 
-
+# %% ../../nbs/experiments/04_tables.ipynb #2832693b
 def readme(folder: Path, records: dict[str, RunRecord]) -> str:
     "The text of papers_results/README.md."
     def table(rows):

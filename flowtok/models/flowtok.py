@@ -100,8 +100,7 @@ class FlowTok(nn.Module):
     ):
         super().__init__()
         if config.tokenizer.num_tokens != config.text.length:
-            raise ValueError(f'A flow needs as many text tokens as image tokens, got a text length of '
-                             f'{config.text.length} and num_tokens {config.tokenizer.num_tokens}.')
+            raise ValueError(f'A flow needs as many text tokens as image tokens, got {config.text.length} and {config.tokenizer.num_tokens}.')
         self.config = config
         self.dit = DiT(config)
         self.projector, self.alignment = TextProjector(config), AlignmentMLP(config)

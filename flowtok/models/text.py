@@ -256,7 +256,7 @@ def quiet_transformers():
         if enabled:
             logging.enable_progress_bar()
 
-
+# %% ../../nbs/models/03_text.ipynb #d5e69372
 class TransformersTextEncoder(nn.Module):
     "Frozen text model of transformers: features are its last hidden states, or those `skip_depth` layers before, at every position."
 

@@ -146,7 +146,7 @@ def check_identity(
                          "folder, resume='never' to set them aside, or resume='changed' to go on nevertheless.")
     return changed
 
-
+# %% ../../nbs/training/03_checkpointing.ipynb #f41af453
 def other_stages(
     run: Run,
 ) -> tuple[list[str], FlowTokConfig | None]:  # stages, and the config of the folder; None where there is none of either

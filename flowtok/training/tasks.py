@@ -290,7 +290,7 @@ def tempered_sample(
     "Sample a Gaussian with less noise."
     return posterior.sample(generator) if noise == 1 else posterior.mean if noise == 0 else posterior.mean.lerp(posterior.sample(generator), noise)
 
-
+# %% ../../nbs/training/01_tasks.ipynb #0998877e
 class FlowStage(Stage):
     "Text to image, or image to text: the same flow with its ends swapped."
     kind = FlowTok
@@ -318,26 +318,6 @@ class FlowStage(Stage):
         for part in (self.trained.projector, self.trained.alignment, self.trained.temperature):
             part.requires_grad_(False)
 
-    def start_from(self, folder: str | Path):
-        "As `Stage.start_from`; also from the flow of another stage. A flow map has the flow that it starts from as its teacher."
-        r, file, own = self.run.recipe, initial_weights(self.run), direction_config(self.run.config, self.run.stage)
-        if file is None:
-            if r.flow_map:
-                raise FileNotFoundError(f"init names {folder}, which has no weights of {' or '.join(dict.fromkeys((self.run.stage, 'text-to-image')))} to learn from.")
-            return
-        if (same := file.stem == self.run.stage) and not r.flow_map:
-            load_weights(self.trained, file, file.stem)
-            return
-        plain = replace(own.flow, flow_map=False, directions=own.flow.directions if same else 1)
-        flow = load_weights((self.kind if same else FlowTok)(replace(own, flow=plain)), file, file.stem).eval().requires_grad_(False)
-        state, rows = flow.state_dict(), self.trained.dit.indicator.weight.detach()
-        state['dit.indicator.weight'] = torch.cat([state['dit.indicator.weight'], rows[1 + plain.directions:]])
-        self.trained.load_state_dict(state, strict=False)
-        if r.flow_map:
-            usual = preset(own.name).sampling if own.name in presets else own.sampling
-            self.teacher = [guided_teacher(flow.velocity, usual.guidance, usual.guidance_interval)]   # in a list: no part of what is trained
-            self.freeze_source()
-
     @property
     def reader(self):
         "Reader of cached tokens and captions."
@@ -364,6 +344,28 @@ class FlowStage(Stage):
         "Losses of a flow map from text to image."
         x0 = self.trained.project(features).sample(share)
         return flow_map_terms(self.trained, self.teacher[0], x0, tokens, self.run.recipe.flow_map, share)
+
+# %% ../../nbs/training/01_tasks.ipynb #2b898dae
+@patch
+def start_from(self: FlowStage, folder: str | Path):
+    "As `Stage.start_from`; also from the flow of another stage. A flow map has the flow that it starts from as its teacher."
+    r, file, own = self.run.recipe, initial_weights(self.run), direction_config(self.run.config, self.run.stage)
+    if file is None:
+        if r.flow_map:
+            raise FileNotFoundError(f"init names {folder}, which has no weights of {' or '.join(dict.fromkeys((self.run.stage, 'text-to-image')))} to learn from.")
+        return
+    if (same := file.stem == self.run.stage) and not r.flow_map:
+        load_weights(self.trained, file, file.stem)
+        return
+    plain = replace(own.flow, flow_map=False, directions=own.flow.directions if same else 1)
+    flow = load_weights((self.kind if same else FlowTok)(replace(own, flow=plain)), file, file.stem).eval().requires_grad_(False)
+    state, rows = flow.state_dict(), self.trained.dit.indicator.weight.detach()
+    state['dit.indicator.weight'] = torch.cat([state['dit.indicator.weight'], rows[1 + plain.directions:]])
+    self.trained.load_state_dict(state, strict=False)
+    if r.flow_map:
+        usual = preset(own.name).sampling if own.name in presets else own.sampling
+        self.teacher = [guided_teacher(flow.velocity, usual.guidance, usual.guidance_interval)]   # in a list: no part of what is trained
+        self.freeze_source()
 
 # %% ../../nbs/training/01_tasks.ipynb #45a156c6
 @patch
