@@ -126,11 +126,10 @@ def retrieval_scores(
 def copy_share(
     images: Tensor,  # generated, (m, 3, h, w)
     own: Tensor,  # the true images, (m, 3, h, w)
-    training: Tensor,  # (n, 3, h, w), without the true images
+    training: Gallery,  # of the training images, without the true ones
 ) -> dict:  # percent, low, high, n
     "Share of generated images with a training image nearer than the true image has."
-    train = blurred(training)
-    to_training, usual = (squared_distances(blurred(some), train).amin(1) for some in (images, own))
+    to_training, usual = (squared_distances(training.features(some), training.rows).amin(1) for some in (images, own))
     return share(to_training < usual)
 
 # %% ../../nbs/evaluation/05_retrieval.ipynb #28de36fb

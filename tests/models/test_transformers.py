@@ -122,3 +122,17 @@ def test_last_layers_are_left_out_as_asked(bert, config):
         replace(preset('tiny').text, skip_depth=1)
     saved = json.loads(to_json(preset('small')))
     assert saved['text'].pop('skip_depth') == 6 and from_json(json.dumps(saved)).text.skip_depth == 0   # as an older version wrote it
+
+
+@pytest.mark.parametrize('template, start', (('[CLS] $A [SEP]', [2]), ('[CLS] $A', [2]), ('$A [SEP]', []), ('$A', [])))
+def test_start_and_end_are_what_the_tokenizer_adds(bert, config, tmp_path, template, start):
+    "As BERT, CLIP, T5 and models that add a beginning alone or nothing; the end is always there, since a caption has to end."
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+    backend = AutoTokenizer.from_pretrained(bert).backend_tokenizer
+    backend.post_processor = TemplateProcessing(single=template, special_tokens=[('[CLS]', 2), ('[SEP]', 3)])
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token='[CLS]', eos_token='[SEP]', pad_token='[PAD]', unk_token='[UNK]').save_pretrained(tmp_path)
+    BertModel(BertConfig(vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)).save_pretrained(tmp_path)
+    encoder = TransformersTextEncoder(config, tmp_path)
+    ids = encoder.tokenize('a red star')
+    assert ids[0, :4 + len(start)].tolist() == [*start, 5, 6, 8, 3] and encoder.decode_ids(ids) == ['a red star']

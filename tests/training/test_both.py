@@ -130,3 +130,15 @@ def test_one_network_has_about_half_the_parameters_of_two():
         count = [sum(p.numel() for module in modules for p in module.parameters()) for modules in (one, two)]
         assert count[0] < .6 * count[1]
     assert every_stage[-1] == 'both' and recipe('xl', 'both').reverse_share > 0
+
+
+def test_the_config_of_a_folder_is_that_of_the_stage_that_draws(folder, tmp_path):
+    "A flow map draws in four steps without guidance, whatever is trained beside it afterwards."
+    from flowtok.config import to_json
+    from flowtok.training.checkpointing import merge_config
+    one = run(folder, tmp_path, flow_map='consistency')
+    (tmp_path / 'config.json').write_text(to_json(merge_config(one)))
+    weights_file(tmp_path, 'both').write_bytes(b'')
+    after = merge_config(run(folder, tmp_path, 'image-to-text'))
+    assert after.sampling.steps == 4 and after.both.flow_map and after.guided == ('image-to-text',) and after.source == one.config.source
+    assert merge_config(run(folder, tmp_path, 'text-to-image')).both.flow_map               # `both` goes before it
