@@ -89,7 +89,7 @@ def test_the_judge_of_emoji_on_an_untrained_model(tmp_path):
     torch.manual_seed(0)
     FlowTokPipeline(config, tokenizer=ImageTokenizer(config), text=TextAutoencoder(config), text_to_image=FlowTok(config),
                     image_to_text=FlowTok(direction_config(config, 'image-to-text'))).save_pretrained(tmp_path / 'model')
-    done = papermill('emoji', tmp_path, '-p', 'model', str(tmp_path / 'model'), '-p', 'n', '6', '-p', 'others', '6', '-p', 'num_inference_steps', '2')
+    done = papermill('emoji', tmp_path, '-p', 'model', str(tmp_path / 'model'), '-p', 'n', '6', '-p', 'others', '6', '-p', 'num_inference_steps', '2', '-p', 'bootstraps', '2')
     assert done.returncode == 0, done.stderr[-3000:]
     record = read_record(tmp_path)
     assert {row['of'] for row in record.metrics['text to image']} == {'people, held out', 'people, seen', 'other emoji, seen'}
