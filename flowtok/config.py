@@ -498,11 +498,14 @@ phases = ('pre-training', 'fine-tuning')
 def recipe(
     scale: str,  # one of `presets`
     stage: str,  # one of `every_stage`
-    phase: str = 'pre-training',  # one of `phases`; the same values in both, as in the authors' configuration
+    phase: str = 'pre-training',  # one of `phases`; the same values in both, as in the authors' configuration, but for 'both'
 ) -> Recipe:  # how this stage is trained at this scale
     "Training recipe of a stage at a scale (paper, table 6)."
     preset(scale)
     for what, value, good in (('Stage', stage, every_stage), ('Phase', phase, phases)):
         if value not in good:
             raise ValueError(f"{what} {value!r} is unknown: choose one of {', '.join(good)}.")
-    return {'tiny': tiny_recipes, 'small': small_recipes}.get(scale, paper_recipes)[stage]
+    found = {'tiny': tiny_recipes, 'small': small_recipes}.get(scale, paper_recipes)[stage]
+    if (stage, phase) == ('both', 'fine-tuning'):
+        return replace(found, steps={'tiny': 700, 'small': 2000}.get(scale, 50_000), learning_rate=found.learning_rate / 2, matrix_learning_rate=found.matrix_learning_rate / 2)
+    return found

@@ -25,7 +25,7 @@ smoke = {'train': {'anywhere': 1}, 'cluster': {'seconds': .1, 'samples': 500, 's
          'speed': {'scale': 'tiny', 'batch_size': 3, 'steps': 2, 'repeats': 1, 'train': 4, 'most_images': 2, 'most_steps': 2, 'seconds': .1, 'compile': False},
          'benchmark_coco': {'n': 12, 'num_inference_steps': 2, 'bootstraps': 2}, 'benchmark_mjhq': {'n': 20, 'num_inference_steps': 2, 'bootstraps': 2},
          'benchmark_captions': {'n': 6, 'scores': 'plain'}, 'ablations': {'only': 'base,target pool', 'seeds': 2},
-         'one_network': {'arms': 'reversal', 'seeds': 1, 'targets': 'shortcut', 'steps': 2, 'few': 1, 'n': 6, 'samples': 64},
+         'one_network': {'arms': 'reversal', 'seeds': 1, 'targets': 'shortcut', 'steps': 2, 'few': 1, 'n': 6, 'samples': 64, 'sizes': 'tiny'},
          'text_as_source': {'seeds': 1, 'steps': 3, 'num_inference_steps': 2},
          'benchmark_speed': {'batch_size': 2, 'repeats': 1, 'num_inference_steps': 2}, 'figures': {'samples': 4, 'num_inference_steps': 2}}
 

@@ -274,6 +274,15 @@ class TextStage(Stage):
         return {'caption': caption_cross_entropy(logits, ids), 'exact': exact,
                 'kl': kl_loss(posterior.mean, posterior.logvar)}
 
+    def start_from(self, folder: str | Path):
+        "As `Stage.start_from`; without a text autoencoder in `init`, keep the projector of its flow."
+        file = weights_file(folder, 'text-to-image')
+        if initial_weights(self.run) or not file.exists():
+            return super().start_from(folder)
+        source = load_weights(FlowTok(self.run.config), file, 'text-to-image').projector
+        self.trained.projector.load_state_dict(source.state_dict())
+        self.trained.projector.requires_grad_(False)
+
 # %% ../../nbs/training/01_tasks.ipynb #217bced5
 def flow_objective(
     recipe: Recipe,  # of a flow

@@ -12,7 +12,7 @@ from flowtok.config import every_stage, from_json, preset, recipe
 from flowtok.data.images import read_shard
 from flowtok.data.mixture import Source, TokenReader, captions_of
 from flowtok.data.shapes import write_shards
-from flowtok.models.flowtok import FlowTok, TwoWayFlowTok, save_weights
+from flowtok.models.flowtok import FlowTok, TwoWayFlowTok, load_weights, save_weights
 from flowtok.models.text import TextAutoencoder
 from flowtok.models.tokenizer import ImageTokenizer
 from flowtok.pipeline import FlowTokPipeline
@@ -142,3 +142,44 @@ def test_the_config_of_a_folder_is_that_of_the_stage_that_draws(folder, tmp_path
     after = merge_config(run(folder, tmp_path, 'image-to-text'))
     assert after.sampling.steps == 4 and after.both.flow_map and after.guided == ('image-to-text',) and after.source == one.config.source
     assert merge_config(run(folder, tmp_path, 'text-to-image')).both.flow_map               # `both` goes before it
+
+
+@pytest.fixture(scope='module')
+def folder_b(tmp_path_factory):
+    "The same at the size of FlowTok-B, with eight scenes of 256 px; random weights of CLIP."
+    folder, config = tmp_path_factory.mktemp('b'), preset('b')
+    write_shards(folder / 'scenes', 'train', 8, size=256)
+    torch.manual_seed(0)
+    for stage, build in (('tokenizer', ImageTokenizer), ('text', TextAutoencoder), ('text-to-image', FlowTok)):
+        save_weights(build(config), weights_file(folder, stage), stage=stage)
+    cache_tokens(plan('both', 'b', folder / 'scenes', folder, steps=2, batch_size=2))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('arm', [*ARMS, 'mean flow', 'shortcut'])
+def test_every_arm_trains_at_the_size_of_flowtok_b(folder_b, tmp_path, arm):
+    "Some minutes and 12 GB: python -m pytest -q -m slow tests/training/test_both.py"
+    changes = ARMS.get(arm) or {'flow_map': arm.replace(' ', '_')}
+    one = plan('both', 'b', folder_b / 'tokens', tmp_path, steps=2, batch_size=2, init=str(folder_b), changes=changes | {'precision': 'fp32'})
+    train(one)
+    assert all(np.isfinite(value) for line in lines(one) for value in line.values() if isinstance(value, float))
+    before, after = load_file(weights_file(folder_b, 'text-to-image')), load_file(one.weights)
+    assert any(not torch.equal(before[name], after[name]) for name in before if name in after)
+
+
+def test_released_weights_are_fine_tuned_for_both_directions(folder, tmp_path):
+    "Tokenizer and flow as a pipeline saves them, without text autoencoder: its decoder learns to read the flow's own start."
+    released, out = tmp_path / 'released', tmp_path / 'out'
+    parts = {stage.replace('-', '_'): load_weights(build(preset('tiny')), weights_file(folder, stage), stage) for stage, build in (('tokenizer', ImageTokenizer), ('text-to-image', FlowTok))}
+    FlowTokPipeline(preset('tiny'), **parts).save_pretrained(released, dtype=torch.float32)
+    for stage in ('text', 'both'):
+        one = plan(stage, 'tiny', folder / 'tokens' if stage == 'both' else folder / 'scenes', out, phase='fine-tuning', steps=3, batch_size=8, init=str(released))
+        train(one)
+    flow, text, both = (load_file(weights_file(*place)) for place in ((released, 'text-to-image'), (out, 'text'), (out, 'both')))
+    for name in (name for name in flow if name.startswith('projector.')):
+        assert torch.equal(flow[name], text[name])
+    assert any(not torch.equal(flow[name], both[name]) for name in flow if name.startswith('dit.'))
+    assert recipe('xl', 'both', 'fine-tuning').learning_rate == recipe('xl', 'both').learning_rate / 2
+    pipe = FlowTokPipeline.from_pretrained(out)
+    assert len(pipe.caption(pipe(['a red star'], generator=torch.Generator().manual_seed(0)))) == 1
