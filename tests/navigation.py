@@ -1,4 +1,4 @@
-"""Previous, index and next at the end of every notebook but the index: `python tests/navigation.py` writes them, tests/test_house.py compares."""
+"""Numbers of the chapters, and previous, index and next at the end of every notebook but the index: `python tests/navigation.py` writes them, tests/test_house.py compares."""
 import json
 import os
 import re
@@ -18,8 +18,15 @@ def order() -> list[Path]:  # the index first, then the notebooks in the order o
 
 
 def title(path: Path) -> str:
-    "Heading of a notebook."
-    return next(''.join(cell['source']) for cell in json.loads(path.read_text(encoding='utf-8'))['cells']).splitlines()[0].removeprefix('# ')
+    "Heading of a notebook, without its number."
+    heading = next(''.join(cell['source']) for cell in json.loads(path.read_text(encoding='utf-8'))['cells']).splitlines()[0]
+    return re.sub(r'^# (\d+\. )?', '', heading)
+
+
+def numbers(pages: list[Path]) -> dict[Path, int]:
+    "Numbers of the chapters, in reading order; the index and the notebooks that papermill runs have none."
+    chapters = [page for page in pages[1:] if not any('parameters' in cell['metadata'].get('tags', []) for cell in json.loads(page.read_text(encoding='utf-8'))['cells'])]
+    return {page: i for i, page in enumerate(chapters, 1)}
 
 
 def navigation(path: Path, pages: list[Path]) -> str:
@@ -31,9 +38,8 @@ def navigation(path: Path, pages: list[Path]) -> str:
     return ' · '.join(links)
 
 
-def with_cell(path: Path, ident: str, text: str, at: int) -> str:  # the notebook's text
+def with_cell(notebook: dict, ident: str, text: str, at: int) -> str:  # the notebook's text
     "A notebook with a generated Markdown cell at a place, in the stead of the one with its id."
-    notebook = json.loads(path.read_text(encoding='utf-8'))
     cells = [cell for cell in notebook['cells'] if cell.get('id') != ident]
     cells.insert(at, {'cell_type': 'markdown', 'id': ident, 'metadata': {}, 'source': text.splitlines(keepends=True)})
     return json.dumps(notebook | {'cells': cells}, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
@@ -41,9 +47,14 @@ def with_cell(path: Path, ident: str, text: str, at: int) -> str:  # the noteboo
 
 def with_navigation(path: Path, pages: list[Path]) -> str:  # the notebook's text
     "A notebook with its links in the last visible cell."
-    cells = [cell for cell in json.loads(path.read_text(encoding='utf-8'))['cells'] if cell.get('id') != MARK]
+    notebook = json.loads(path.read_text(encoding='utf-8'))
+    cells = [cell for cell in notebook['cells'] if cell.get('id') != MARK]
+    number = numbers(pages).get(path)
+    lines = ''.join(cells[0]['source']).splitlines(keepends=True)
+    lines[0] = lines[0].replace(lines[0].rstrip('\n'), f'# {number}. {title(path)}' if number else f'# {title(path)}')
+    cells[0]['source'] = lines
     at = len(cells) - (cells[-1]['cell_type'] == 'code' and 'nbdev_export()' in ''.join(cells[-1]['source']))
-    return with_cell(path, MARK, navigation(path, pages), at)
+    return with_cell(notebook | {'cells': cells}, MARK, navigation(path, pages), at)
 
 
 if __name__ == '__main__':

@@ -1,9 +1,10 @@
-"""What the committed records say, at the top of each run notebook: `python tests/results.py` writes it, tests/test_house.py compares."""
+"""What the committed records say, at the top of each run notebook and on the front page: `python tests/results.py` writes it, tests/test_house.py compares."""
 import json
 import os
 from pathlib import Path
+from statistics import mean
 
-from navigation import with_cell
+from navigation import INDEX, with_cell
 
 from flowtok.experiments.records import read_record
 
@@ -47,10 +48,50 @@ def results(page: Path) -> str:  # Markdown
 
 def with_results(page: Path) -> str:  # the notebook's text
     "A run notebook with what its records say below its title."
-    return with_cell(page, 'record', results(page), 1)
+    return with_cell(json.loads(page.read_text(encoding='utf-8')), 'record', results(page), 1)
+
+
+def front() -> str:  # Markdown
+    "The main results, each from its record."
+    def rows(name, what, **which):
+        found = read_record(root / 'papers_results' / name).metrics[what]
+        return [row for row in found if all(row.get(key) == value for key, value in which.items())]
+
+    def row(*args, **which): return rows(*args, **which)[0]
+    def average(found, key): return mean(one[key] for one in found)
+    scenes, painter = (row('tiny', 'variety', split='held_out', model=model) for model in ('this model', 'mean painter'))
+    said = row('tiny', 'scores', split='held_out', measure='caption equivalent')
+    people, cheat = (row('emoji', 'text to image', of='people, held out', way=way) for way in ('model', 'cheat: most similar name'))
+    names = row('emoji', 'image to text', of='people, held out')
+    source, cross = (row('text_as_source', 'summary', variant=variant) for variant in ('source', 'cross'))
+    lines = [
+        ('Drawn scenes from captions never trained on', f"{scenes['accuracy (%)']:.1f}% right ({scenes['accuracy, low']:.1f} to {scenes['accuracy, high']:.1f}), images of one caption {scenes['spread ratio']:.2f} times as varied as true ones",
+         f"a painter of means: {painter['accuracy (%)']:.1f}%, {painter['spread ratio']:.2f} times", 'tiny'),
+        ('Captions of drawn scenes never trained on', f"{said['percent']:.1f}% true ({said['low']:.1f} to {said['high']:.1f})", '', 'tiny')]
+    if (root / 'papers_results' / 'one_network' / 'result.json').exists():
+        one, two = (rows('one_network', 'both directions', model=model, steps=20) for model in ('reversal+', 'two'))
+        lines.append((f'One network for both directions ({len(one)} seeds)', f"images {average(one, 'accuracy (%)'):.1f}%, captions by one step back {average(one, 'captions, 1 step (%)'):.1f}%",
+                      f"two networks: {average(two, 'accuracy (%)'):.1f}%, {average(two, 'captions, 1 step (%)'):.1f}%", 'one_network'))
+        few = {name: [average(rows('one_network', 'few steps', model=name, steps=k), 'accuracy (%)') for k in (4, 1)] for name in ('consistency', 'mean_flow', 'shortcut')}
+        best, teacher = max(few, key=lambda name: few[name][0]), row('one_network', 'few steps', model='teacher, Euler', steps=20)
+        lines.append((f"Four steps and one, {best.replace('_', ' ')}", f'{few[best][0]:.1f}% and {few[best][1]:.1f}%', f"its teacher, 20 guided steps: {teacher['accuracy (%)']:.1f}%", 'one_network'))
+    lines += [
+        ('Text as source against cross-attention, equal cost', f"{source['accuracy (%)']:.1f}%", f"cross-attention: {cross['accuracy (%)'] + 1e-9:.1f}%", 'text_as_source'),
+        ('Emoji of people in combinations never trained on', f"{people['all three (%)']:.1f}% right in role, gender and tone ({people['top-1, low']:.1f} to {people['top-1, high']:.1f})", f"copy of the most similar name: {cheat['all three (%)']:.1f}%", 'emoji'),
+        ('Names of such emoji', f"{names['exact (%)']:.1f}% exact ({names['exact, low']:.1f} to {names['exact, high']:.1f})", '', 'emoji')]
+    return '\n'.join(['| measured on two CPU cores | result | beside it |', '|---|---|---|'] + [
+        f'| {what} | [{result}](../papers_results/{name}/result.json) | {beside} |' for what, result, beside, name in lines])
+
+
+def with_front() -> str:  # the index's text
+    "The index with the main results below its first paragraphs."
+    notebook = json.loads(INDEX.read_text(encoding='utf-8'))
+    at = next(i for i, cell in enumerate(notebook['cells']) if cell['id'] == '7a971d28') + 1
+    return with_cell(notebook, 'results', front(), at)
 
 
 if __name__ == '__main__':
+    INDEX.write_text(with_front(), encoding='utf-8')
     for name in RESULTS:
         page = root / 'nbs' / f'{name}.ipynb'
         page.write_text(with_results(page), encoding='utf-8')

@@ -2,17 +2,13 @@
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from chromium import demo, jupyterlab, open_browser, programs, wait_for
 from readme import root
 
 from flowtok.demo import Studio
@@ -49,36 +45,12 @@ def test_a_seed_gives_its_image_whoever_else_draws(pipe):
             wrong()
 
 
-def free_port():
-    with socket.socket() as some:
-        some.bind(('127.0.0.1', 0))
-        return some.getsockname()[1]
-
-
-def wait_for(what, seconds=60):
-    "The first true value of a function."
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if value := what():
-                return value
-        except Exception:                                                        # a page that is still changing
-            pass
-        time.sleep(.2)
-    raise TimeoutError('the page has not changed')
-
-
 @pytest.fixture(scope='module')
 def browser():
-    selenium = pytest.importorskip('selenium.webdriver', reason="needs pip install selenium")
-    programs = shutil.which('chromium') or shutil.which('google-chrome'), shutil.which('chromedriver')
-    if not all(programs):
+    pytest.importorskip('selenium', reason="needs pip install selenium")
+    if not all(programs()):
         pytest.skip('needs chromium and chromedriver')
-    options = selenium.ChromeOptions()
-    options.binary_location = programs[0]
-    for word in ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--window-size=1200,1000'):
-        options.add_argument(word)
-    driver = selenium.Chrome(options, selenium.ChromeService(programs[1]))
+    driver = open_browser()
     yield driver
     driver.quit()
 
@@ -91,11 +63,8 @@ def keep(browser, name):
 
 def test_the_page_draws_a_prompt_and_captions_an_image(pipe, browser, tmp_path):
     pytest.importorskip('gradio', reason="needs pip install 'flowtok[demo]'")
-    port = free_port()
-    server = subprocess.Popen([sys.executable, '-m', 'flowtok.cli', 'demo', '--port', str(port)], env=os.environ | {'GRADIO_ANALYTICS_ENABLED': 'False'})
-    try:
-        wait_for(lambda: urllib.request.urlopen(f'http://127.0.0.1:{port}').status == 200)
-        browser.get(f'http://127.0.0.1:{port}')
+    with demo() as address:
+        browser.get(address)
         prompt = wait_for(lambda: browser.find_element('css selector', '#prompt textarea'))
         prompt.clear()
         prompt.send_keys('a red ring')
@@ -114,21 +83,14 @@ def test_the_page_draws_a_prompt_and_captions_an_image(pipe, browser, tmp_path):
         caption = wait_for(lambda: browser.find_element('css selector', '#caption textarea').get_attribute('value'))
         keep(browser, 'demo_caption')
         assert caption == pipe.caption(file)[0] and 'red' in caption
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def test_the_playground_draws_in_jupyterlab(browser, tmp_path):
-    port, folder = free_port(), tmp_path / 'nbs'
+    folder = tmp_path / 'nbs'
     folder.mkdir()
     shutil.copyfile(root / 'nbs' / 'playground.ipynb', folder / 'playground.ipynb')
-    server = subprocess.Popen([sys.executable, '-m', 'jupyter', 'lab', '--no-browser', '--allow-root', f'--port={port}', '--IdentityProvider.token=', '--ServerApp.password=',
-                               '--LabApp.extension_manager=readonly', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', str(folder)],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {'JUPYTER_CONFIG_DIR': str(tmp_path / 'config'), 'PYTHONPATH': str(root)})
-    try:
-        wait_for(lambda: urllib.request.urlopen(f'http://127.0.0.1:{port}/api').status == 200)
-        browser.get(f'http://127.0.0.1:{port}/doc/tree/playground.ipynb')
+    with jupyterlab(folder, tmp_path / 'config') as address:
+        browser.get(f'{address}playground.ipynb')
         wait_for(lambda: browser.find_elements('css selector', '.jp-Notebook .jp-Cell'))
         menu = wait_for(lambda: [item for item in browser.find_elements('css selector', '.lm-MenuBar-item') if item.text == 'Run'])[0]
         menu.click()
@@ -142,6 +104,3 @@ def test_the_playground_draws_in_jupyterlab(browser, tmp_path):
         wait_for(lambda: "'a pink circle'" in message())
         assert wait_for(lambda: browser.find_elements('css selector', 'img.widget-image, .widget-image img'))
         keep(browser, 'playground')
-    finally:
-        server.terminate()
-        server.wait()

@@ -174,6 +174,52 @@ def test_notebooks_are_fit_to_read(path):
     assert not re.findall(r'/(?:home|root|work|tmp|Users)/\S*', text)
 
 
+METHOD = sorted(path for folder in ('flow', 'models', 'losses') for path in (root/'nbs'/folder).glob('0*.ipynb') if path.stem not in ('05_released', '06_fast'))
+
+
+@pytest.mark.parametrize('path', METHOD, ids=ident)
+def test_chapters_of_the_method_show_a_figure_early_and_more_words_than_code(path):
+    "Lines as JupyterLab shows them, some 45 a screen; formulas count as a word."
+    words, lines, shown, figure_at = 0, 0, 0, None
+    for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+        text = source(cell)
+        if cell['cell_type'] == 'markdown':
+            words += len(re.sub(r'\$\$?[^$]*\$\$?', 'x', text).split())
+            shown += sum(1 + len(line) // 110 for line in text.splitlines())
+            figure = '![' in text
+        else:
+            code = [] if '#| hide' in text else [line for line in text.splitlines() if line.strip() and not line.startswith('#|')]
+            lines, shown = lines + len(code), shown + len(code)
+            figure = any(kind.startswith('image/') for output in cell['outputs'] for kind in output.get('data', {}))
+        if figure and figure_at is None:
+            figure_at = shown
+    assert figure_at is not None and figure_at <= 90, figure_at
+    assert words >= 2.5 * lines, words / lines
+
+
+def font_sizes(code):
+    "The sizes in points that code gives to the text of its figures, where it gives numbers; those of PIL are pixels."
+    code = '\n'.join(line for line in code.splitlines() if not line.startswith(('%', '!')))
+    for node in ast.walk(ast.parse(code)):
+        pairs = []
+        if isinstance(node, ast.Call):
+            pairs = [(k.arg, k.value) for k in node.keywords if k.arg in ('fontsize', 'labelsize', 'titlesize', 'font_size')]
+            if getattr(node.func, 'attr', '') in ('set_size', 'set_fontsize'):
+                pairs += [('set_size', value) for value in node.args]
+        if isinstance(node, ast.Dict):
+            pairs = [(k.value, v) for k, v in zip(node.keys, node.values) if isinstance(k, ast.Constant) and re.fullmatch(r'(font|axes|legend|[xy]tick)\.\w*size', str(k.value))]
+        for name, value in pairs:
+            if isinstance(value, ast.Constant) and isinstance(value.value, (int, float)):
+                yield value.value * (.75 if name == 'font_size' else 1)
+
+
+@pytest.mark.parametrize('path', nbs, ids=ident)
+def test_text_in_figures_is_large_enough_to_read(path):
+    assert list(font_sizes("ax.text(0, 0, 'x', fontsize=6)\nrc = {'font.size': 8}\ntext(font_size=12)")) == [6, 8, 9]
+    small = [size for cell in cells(path, 'code') for size in font_sizes(source(cell)) if size < 9]
+    assert not small, small
+
+
 @pytest.mark.parametrize('path', nbs[::6], ids=ident)
 def test_what_jupyterlab_saves_is_what_is_committed(path):
     "By the hook of nbdev_install_hooks: execution counts and the machine's metadata do not reach the file."
@@ -222,6 +268,7 @@ def test_every_page_leads_to_the_one_before_the_index_and_the_next():
 def test_run_notebooks_open_with_what_their_records_say():
     stale = [name for name in results.RESULTS if (root / 'nbs' / f'{name}.ipynb').read_text(encoding='utf-8') != results.with_results(root / 'nbs' / f'{name}.ipynb')]
     assert not stale, f'run python tests/results.py: {stale}'
+    assert navigation.INDEX.read_text(encoding='utf-8') == results.with_front(), 'run python tests/results.py'
     committed = {file.parent.relative_to(root / 'papers_results').as_posix() for file in (root / 'papers_results').rglob('result.json')}
     shown = {folder for records in results.RESULTS.values() for folder, *_ in records}
     seeds = {folder for folder in committed if any(folder.startswith(f'{one}/') for one in shown)}

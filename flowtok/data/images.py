@@ -380,6 +380,7 @@ def show_grid(
     captions: list[str] | None = None,  # of the images; repeated where they are fewer; None for none
     columns: int = 8,  # images in a row, at most
     size: int = 128,  # width of an image in the grid, at least; larger ones keep theirs
+    gap: int = 4,  # white pixels between images
 ):  # a PIL image
     "Images in rows, with captions."
     from PIL import Image, ImageDraw
@@ -389,14 +390,14 @@ def show_grid(
     if not images:
         raise ValueError("There is no image to show: give at least one.")
     columns, wide = min(columns, len(images)), max(size, images[0].width)
-    high, text = wide * images[0].height // images[0].width, 60 if captions else 0
-    grid = Image.new('RGB', (wide * columns, (high + text) * -(-len(images) // columns)), 'white')
+    lines = [wrap(text, wide // 7) for text in captions or []]
+    high, text = wide * images[0].height // images[0].width, 16 * max(map(len, lines)) + 6 if lines else 0
+    grid = Image.new('RGB', ((wide + gap) * columns - gap, (high + text + gap) * -(-len(images) // columns) - gap), 'white')
     for i, image in enumerate(images):
-        x, y = i % columns * wide, i // columns * (high + text)
+        x, y = i % columns * (wide + gap), i // columns * (high + text + gap)
         grid.paste(image.convert('RGB').resize((wide, high), Image.Resampling.NEAREST), (x, y))
-        if captions:
-            lines = wrap(captions[i % len(captions)], wide // 6)[:4]
-            ImageDraw.Draw(grid).text((x + 2, y + high), '\n'.join(lines), fill='black', font_size=10)
+        if lines:
+            ImageDraw.Draw(grid).text((x + 2, y + high), '\n'.join(lines[i % len(lines)]), fill='black', font_size=12)
     return grid
 
 # %% ../../nbs/data/03_images.ipynb #007dd892

@@ -259,10 +259,10 @@ def prompt_page(
     "Images of several prompts, one a row, for several seeds, one a column."
     from matplotlib.figure import Figure
     columns = [draw(list(prompts), seed) for seed in range(seeds)]
-    figure = Figure(figsize=(seeds, 1.12 * len(prompts)), dpi=70, layout='constrained')
-    axes = figure.subplots(len(prompts), seeds, squeeze=False)
+    figure = Figure(figsize=(seeds, 1.25 * len(prompts)), dpi=70)
+    axes = figure.subplots(len(prompts), seeds, squeeze=False, gridspec_kw=dict(left=.01, right=.99, bottom=.01, top=.97, wspace=.08, hspace=.35))
     for i, text in enumerate(prompts):
-        axes[i, 0].set_title(text, fontsize=7, loc='left').set_in_layout(False)  # or the first column would be as wide as its title
+        axes[i, 0].set_title(text, fontsize=9, loc='left')
         for axis, images in zip(axes[i], columns):
             axis.imshow(images[i])
             axis.axis('off')

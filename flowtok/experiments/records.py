@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'NONNEGATIVE', 'find_repository', 'repository_root', 'RunRecord', 'git_state', 'library_versions',
            'hardware', 'find_fault', 'check_record', 'record', 'write_record', 'label_table', 'read_record',
-           'write_table']
+           'markdown_table', 'write_table']
 
 # %% ../../nbs/experiments/01_records.ipynb #9212f90a
 import csv
@@ -222,14 +222,11 @@ def read_record(
     return RunRecord(**values)
 
 # %% ../../nbs/experiments/01_records.ipynb #2c4b5efb
-def write_table(
+def markdown_table(
     rows: list[dict],  # column -> text, number or None; the columns are those of all rows, in order
-    path: str | Path,  # its suffix is replaced by .csv and .md
-) -> str:  # the Markdown table
-    "Write a table as CSV and as Markdown."
+) -> str:
+    "Rows as a Markdown table, numbers with four digits."
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    if not columns:
-        raise ValueError(f"table {path} has no rows.")
 
     def cell(value):
         if isinstance(value, float):
@@ -237,7 +234,18 @@ def write_table(
         return 'not available' if value is None else str(value).replace('|', r'\|').replace('\n', ' ')
 
     lines = [columns, ['---'] * len(columns), *([cell(row.get(name, '')) for name in columns] for row in rows)]
-    markdown = ''.join(f"| {' | '.join(line)} |\n" for line in lines)
+    return ''.join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_table(
+    rows: list[dict],  # as `markdown_table` takes them
+    path: str | Path,  # its suffix is replaced by .csv and .md
+) -> str:  # the Markdown table
+    "Write a table as CSV and as Markdown."
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    if not columns:
+        raise ValueError(f"table {path} has no rows.")
+    markdown = markdown_table(rows)
     sheet = io.StringIO()
     writer = csv.DictWriter(sheet, columns, lineterminator='\n')
     writer.writeheader()

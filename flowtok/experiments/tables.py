@@ -7,7 +7,7 @@ __all__ = ['QUESTIONS', 'NOT_MEASURED', 'SENTENCE', 'AGREEMENT', 'MEASURES', 'SA
            'find_records', 'records_of', 'conditions_of', 'Measured', 'from_images', 'from_captions', 'from_speed',
            'from_training', 'all_measured', 'beside', 'count_parameters', 'table_1', 'table_5', 'table_6',
            'interval_of', 'summarise', 'compare', 'sentence_of', 'verdict_row', 'summary_rows', 'table_4', 'figure_2',
-           'contents_row', 'readme', 'build_tables']
+           'contents_row', 'readme', 'paper_page', 'interval_text', 'seeds_page', 'joined_columns', 'build_tables']
 
 # %% ../../nbs/experiments/04_tables.ipynb #93abf985
 import re
@@ -18,7 +18,7 @@ from statistics import fmean, stdev
 
 from ..config import presets, recipe
 from .paper import COLUMNS_2, SCORE_NAMES, SOURCES, TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, TABLE_6
-from .records import RunRecord, read_record, write_table
+from .records import RunRecord, markdown_table, read_record, write_table
 from ..files import write_atomically
 
 # %% ../../nbs/experiments/04_tables.ipynb #5759e1e1
@@ -408,6 +408,60 @@ def readme(folder: Path, records: dict[str, RunRecord]) -> str:
         parts += ['## Other records', folded(f'{len(others)} records', table(others))]
     return '\n\n'.join(parts) + '\n'
 
+# %% ../../nbs/experiments/04_tables.ipynb #60d9ea6f
+def paper_page(
+    rows: list[dict],  # of `beside`
+    measured: list[Measured],
+    columns: tuple[str, ...],  # those to compare
+) -> str:  # Markdown
+    "The paper's values, then those measured here, one a row."
+    paper = [{name.removesuffix(' (paper)'): value for name, value in row.items() if not name.endswith(' (measured here)')} for row in rows if row['group'] != 'this book']
+    here = [one.row() for one in measured if one.measure in columns]
+    found = [row for row in here if row['value'] is not None]
+    parts = ["The paper's values.", markdown_table(paper), 'Measured here.' if found else f'Nothing of it was {NOT_MEASURED.removeprefix("not ")}.']
+    if found:
+        parts.append(markdown_table([{'method': row['method'], 'measure': row['measure'], 'value': row['value'], '95% interval': interval_text(row), 'n': row['n'] or '',
+                                      'how': '; '.join(filter(None, (row['how'], row['conditions']))), 'record': row['record']} for row in found]))
+    return '\n\n'.join(part.strip() for part in parts) + '\n'
+
+
+def interval_text(row: dict) -> str:  # with 'low' and 'high'
+    "A 95% interval, empty where there is none."
+    return '' if row['low'] is None or row['high'] is None else f"{row['low']:.4g} to {row['high']:.4g}"
+
+
+def seeds_page(
+    rows: list[dict],  # of `table_4` or `figure_2`
+    shown: int = 5,  # measures in the first table
+) -> str:  # Markdown
+    "Means with their deviations, the first measures shown and the others folded, conditions below."
+    def merged(row, name):
+        value, deviation = row.get(name, ''), row.get(f'{name}, deviation')
+        return f'{value:.4g} ± {deviation:.{2 if deviation < 100 else 3}g}' if deviation and isinstance(value, float | int) else value
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if not name.endswith(', deviation') and name not in ('conditions', 'record')]
+    ends = names.index('seeds') + 1 if 'seeds' in names else len(names)
+    keys, measures = names[:ends], names[ends:]
+    def table(columns, own): return markdown_table([{name: merged(row, name) for name in own + columns} for row in rows])
+    parts = [table(measures[:shown], keys)]
+    if measures[shown:]:
+        parts.append(f"<details><summary>{', '.join(measures[shown:])}</summary>\n\n{table(measures[shown:], [name for name in keys if name == 'variant'])}\n</details>")
+    parts += dict.fromkeys(f"{row['conditions']}; {row.get('record', '')}" for row in rows if row.get('conditions'))
+    return '\n\n'.join(part.strip() for part in parts) + '\n'
+
+
+def joined_columns(
+    rows: list[dict],
+    columns: dict[str, tuple[str, ...]],  # new column -> those that it joins
+    named: bool = False,  # whether a value comes with the name of its column
+) -> list[dict]:
+    "Rows with several columns in one, at the place of the first."
+    def cell(row, names):
+        texts = [f'{name} {row[name]}'.removesuffix(' yes') if named else str(row[name]) for name in names if row.get(name, '') not in ('', None)]
+        return (', ' if named else ' / ').join(texts)
+    places = {names[0]: new for new, names in columns.items()}
+    gone = {name for names in columns.values() for name in names}
+    return [{places.get(name, name): cell(row, columns[places[name]]) if name in places else value for name, value in row.items() if name in places or name not in gone} for row in rows]
+
 # %% ../../nbs/experiments/04_tables.ipynb #72b701ab
 def build_tables(
     folder: str | Path,  # papers_results, or a copy
@@ -422,5 +476,14 @@ def build_tables(
               'measured': [one.row() for one in measured] or [{'method': 'all', 'conditions': NOT_MEASURED}]}
     for name, rows in tables.items():
         write_table(rows, folder / name)
+    sizes = {name: (f'{name} (paper)', f'{name} (preset)') for name in ('depth', 'width', 'mlp', 'heads', 'params')}
+    filters = {'filters': ('resolution', 'aesthetic', 'watermark'), 'filters of the preset': ('aspect ratio below', 'longer side at least', 'aesthetic score above', 'watermark at most')}
+    pages = {'table_1': f"Paper / preset.\n\n{markdown_table(joined_columns(tables['table_1'], sizes))}", 'table_5': markdown_table(joined_columns(tables['table_5'], filters, named=True)),
+             'table_2': paper_page(tables['table_2'], measured, compared), 'table_3': paper_page(tables['table_3'], measured, SCORE_NAMES),
+             'table_4': seeds_page(tables['table_4']), 'figure_2': seeds_page(tables['figure_2']),
+             'measured': markdown_table([{'method': row['method'], 'measure': row['measure'], 'value': row['value'], '95% interval': interval_text(row), 'n': row['n'], 'how': row['how'],
+                                          'conditions': row['conditions'], 'record': row['record']} if 'value' in row else row for row in tables['measured']])}
+    for name, page in pages.items():
+        write_atomically(folder / f'{name}.md', page)
     write_atomically(folder / 'README.md', readme(folder, records))
     return [*(folder / f'{name}{ending}' for name in tables for ending in ('.csv', '.md')), folder / 'README.md']

@@ -108,17 +108,17 @@ def draw_curves(
     samples = sorted((run.folder / 'samples').glob('*.png'))
     panels = [[n for n in names if not n.startswith('flow t')], [n for n in names if n.startswith('flow t')]]
     panels = [panel for panel in panels if panel]
-    figure = Figure(figsize=(11, 2.6), dpi=70, layout='constrained')
+    figure = Figure(figsize=(13, 3.6), dpi=70, layout='constrained')
     axes = figure.subplots(1, len(panels) + bool(samples), squeeze=False)[0] if panels or samples else []
     for axis, panel in zip(axes, panels):
         for name in panel:
             points = [(event['step'], event[name]) for event in lines if event.get(name, 0) > 0]
             axis.plot(*zip(*points) if points else ([], []), label=name, lw=1)
         axis.set(yscale='log', xlabel='step')
-        axis.legend(fontsize=6)
+        axis.legend(fontsize=9)
     if samples:
         axes[-1].imshow(imread(samples[-1]))
-        axes[-1].set_title(f'step {int(samples[-1].stem):,}', fontsize=8)
+        axes[-1].set_title(f'step {int(samples[-1].stem):,}', fontsize=9)
         axes[-1].axis('off')
     figure.suptitle(progress_line(run, events), fontsize=9)
     return figure

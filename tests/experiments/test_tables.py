@@ -175,6 +175,18 @@ def test_tables_are_what_the_records_give(tmp_path):
     assert not changed, f'{changed}: run flowtok tables'
 
 
+@pytest.mark.parametrize('file', sorted(folder.glob('*.md')), ids=lambda file: file.stem)
+def test_no_table_is_wider_than_900_pixels(file):
+    "As GitHub shows it: 7.5 px a character of the longest word in a cell, 26 px around it."
+    def width(rows):
+        cells = [[re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', cell.strip()) for cell in row.strip('|').split('|')] for row in rows if set(row) - set('|- ')]
+        longest = [max(len(word) for cell in column for word in re.split(r'\s|<br>', cell)) for column in zip(*cells)]
+        return 7.5 * sum(longest) + 26 * len(longest)
+    assert width(['| abcdefghij | b |', '| --- | --- |', '| c d | 12 |']) == 7.5 * 12 + 52
+    tables = [[line for line in block.splitlines() if line.startswith('|')] for block in re.split(r'\n\n+', file.read_text())]
+    assert not [rows[0] for rows in tables if rows and width(rows) > 900]
+
+
 def numbers(value):
     "All numbers inside a value, those in texts and names, too."
     if isinstance(value, bool) or value is None:
