@@ -194,7 +194,7 @@ class FlowConfig:
     width: int = 768  # of a token inside the network
     heads: int = 12
     flow_map: bool = field(default=False, metadata={'optional': True})  # whether it also takes the time that a step ends at: average velocities
-    directions: int = field(default=1, metadata={'optional': True})  # 2: a third indicator leads from image to text
+    directions: int = field(default=1, metadata={'optional': True})  # 2: a third indicator leads from image back to text
 
     def __post_init__(self):
         check_sizes(self)
@@ -447,6 +447,7 @@ class Recipe:
     text_noise: float = field(default=1., metadata={'optional': True})  # image-to-text: the same of the text tokens
     reverse_share: float = field(default=0., metadata={'optional': True})  # both: share of the samples whose captions the text decoder learns to read
     reverse_weight: float = field(default=1., metadata={'optional': True})  # both: on the flow loss of one step back from t = 1; 0: captions are read from the source alone
+    reverse_indicator: bool = field(default=False, metadata={'optional': True})  # both: the way back has an indicator of its own
     caption_share: float = field(default=0., metadata={'optional': True})  # both: share of the samples of the second direction, from image to text; 0 for no such direction
     caption_weight: float = field(default=0., metadata={'optional': True})  # both: on the cross-entropy of these captions
     flow_map: str = field(default='', metadata={'optional': True})  # text-to-image, both: '' or a target of flowtok.flow.flow_map, by which the flow in `init` is learned in few steps

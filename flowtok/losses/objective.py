@@ -421,7 +421,7 @@ def reverse_terms(
     if not step_back:
         logits = model.decoder(x0.detach())
         return {'caption': caption_cross_entropy(logits, ids), 'exact': (logits.argmax(-1) == ids).all(1).float().mean()}
-    back = image_tokens - model.velocity(image_tokens, 1., 0, 0.)                # (b, n, d)
+    back = image_tokens - model.velocity(image_tokens, 1., model.reverse_indicator, 0.)          # (b, n, d)
     logits = model.decoder(torch.cat([x0, back]))                                # (2 b, n, vocabulary)
     exact = (logits[len(ids):].argmax(-1) == ids).all(1).float().mean()
     return {'reverse': (back - x0).square().flatten(1).mean(1), 'caption': caption_cross_entropy(logits, torch.cat([ids, ids])), 'exact': exact}

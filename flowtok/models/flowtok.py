@@ -152,11 +152,16 @@ class FlowTok(nn.Module):
 
 # %% ../../nbs/models/04_flowtok.ipynb #12293a09
 class TwoWayFlowTok(FlowTok):
-    "FlowTok that also captions: its flow is followed backwards, or in a direction of its own, and a text decoder reads the end."
+    "FlowTok that also captions: its flow, or one with an indicator of its own, is followed backwards, and a text decoder reads the end."
 
     def __init__(self, config: FlowTokConfig):
         super().__init__(config)
         self.decoder = TextDecoder(config)
+
+    @property
+    def reverse_indicator(self) -> int:  # 0, or the third
+        "Indicator of the velocity from images back to text."
+        return 2 if self.config.flow.directions == 2 else 0
 
     def follow(
         self,
@@ -168,8 +173,8 @@ class TwoWayFlowTok(FlowTok):
         "Carry tokens from one end to the other."
         if not to_text:
             return super().follow(x, num_inference_steps, **options)
-        second, options = self.config.flow.directions == 2, options | {'guidance_scale': 1.}     # captions have no null samples
-        return super().follow(x, num_inference_steps, reverse=not second, direction=2 if second else 0, **options)
+        options |= {'guidance_scale': 1.}                                        # captions have no null samples
+        return super().follow(x, num_inference_steps, reverse=True, direction=self.reverse_indicator, **options)
 
 # %% ../../nbs/models/04_flowtok.ipynb #fbf53f7b
 def is_training_only(module: nn.Module, name: str) -> bool:

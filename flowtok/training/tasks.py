@@ -148,7 +148,7 @@ def plan(
     unguided = usual.indicator_probability == 0 or usual.flow_map
     config = replace(config, source=source, guided=tuple(name for name in stages[2:] if not (unguided and name == flow)))
     if stage == 'both':
-        config = replace(config, both=replace(config.flow, flow_map=bool(usual.flow_map), directions=2 if usual.caption_share else 1))
+        config = replace(config, both=replace(config.flow, flow_map=bool(usual.flow_map), directions=2 if usual.caption_share or usual.reverse_indicator else 1))
     elif usual.flow_map:
         config = replace(config, flow=replace(config.flow, flow_map=True), caption_flow=config.caption_flow or config.flow)
     if usual.flow_map:
@@ -433,7 +433,7 @@ class BothStage(FlowStage):
             n = max(1, round(r.caption_share * len(ids)))
             with torch.no_grad():
                 text_tokens = tempered_sample(self.projector(self.features(ids[-n:, 1])), r.text_noise, share)
-            second = SimpleNamespace(velocity=lambda x, t, indicator: self.trained.velocity(x, t, indicator + 2))
+            second = SimpleNamespace(velocity=lambda x, t, indicator: -self.trained.velocity(x, 1 - t, indicator + 2))    # from image to text
             objective = replace(self.objective, time_sampling='mixture', indicator_probability=0.)
             terms['caption flow'] = image_to_text_terms(second, self.image_tokens(moments[-n:], share), text_tokens, objective=objective, generator=share)['flow']
         return terms

@@ -43,7 +43,7 @@ def run(folder, out, stage='both', **changes):
 def lines(run): return [json.loads(line) for line in (run.folder / 'log.jsonl').read_text().splitlines()]
 
 
-ARMS = {'reversal': dict(reverse_share=.25), 'source alone': dict(reverse_share=.25, reverse_weight=0.), 'direction': dict(reverse_share=0., caption_share=.5), 'flow map': dict(flow_map='consistency')}
+ARMS = {'reversal': dict(reverse_share=.25), 'source alone': dict(reverse_share=.25, reverse_weight=0.), 'direction': dict(reverse_share=0., caption_share=.5), 'own indicator': dict(reverse_share=.25, reverse_indicator=True), 'flow map': dict(flow_map='consistency')}
 
 
 @pytest.mark.parametrize('arm', ARMS)
@@ -51,7 +51,7 @@ def test_one_network_is_trained_saved_and_does_both_tasks(folder, tmp_path, arm)
     one = run(folder, tmp_path, **ARMS[arm])
     train(one)
     config = from_json((tmp_path / 'config.json').read_text())
-    assert config.both == replace(config.flow, flow_map=arm == 'flow map', directions=2 if arm == 'direction' else 1)
+    assert config.both == replace(config.flow, flow_map=arm == 'flow map', directions=2 if arm in ('direction', 'own indicator') else 1)
     log = lines(one)[0]
     assert ('caption' in log) == (arm != 'direction') and ('caption flow' in log) == (arm == 'direction')
     assert any(name.startswith('error t<=') for name in log) == (arm == 'flow map')          # by beginning and length of the steps
