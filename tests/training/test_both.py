@@ -2,6 +2,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from flowtok.config import every_stage, from_json, preset, recipe
 from flowtok.data.images import read_shard
 from flowtok.data.mixture import Source, TokenReader, captions_of
 from flowtok.data.shapes import write_shards
+from flowtok.flow.path import ShardedRandom
+from flowtok.losses.objective import reverse_terms
 from flowtok.models.flowtok import FlowTok, TwoWayFlowTok, load_weights, save_weights
 from flowtok.models.text import TextAutoencoder
 from flowtok.models.tokenizer import ImageTokenizer
@@ -166,6 +169,26 @@ def test_every_arm_trains_at_the_size_of_flowtok_b(folder_b, tmp_path, arm):
     assert all(np.isfinite(value) for line in lines(one) for value in line.values() if isinstance(value, float))
     before, after = load_file(weights_file(folder_b, 'text-to-image')), load_file(one.weights)
     assert any(not torch.equal(before[name], after[name]) for name in before if name in after)
+
+
+@pytest.mark.parametrize('arm', [dict(caption_share=1.), dict(reverse_share=1., reverse_indicator=True)])
+def test_the_way_back_is_trained_as_it_is_followed(folder, tmp_path, arm):
+    "The velocity that leads from an image's tokens straight back to its caption's has no loss, and following it arrives there."
+    one = run(folder, tmp_path, **dict(reverse_share=0.) | arm, image_noise=0., text_noise=0.)
+    stage = BothStage(one)
+    moments, ids, share = torch.randn(8, 16, 32), torch.randint(51, (8, 2, 16)), ShardedRandom()
+    with torch.no_grad():
+        images = stage.image_tokens(moments, share)
+        text = stage.projector(stage.features(ids[:, 1])).mean if 'caption_share' in arm else images * 0 + 1
+    if 'reverse_share' in arm:
+        stage.trained.project = lambda features: SimpleNamespace(sample=lambda generator: text, mean=text)
+    stage.trained.velocity = lambda x, t, indicator, *step: torch.where(torch.as_tensor(indicator).reshape(-1, 1, 1) >= 2, images - text, torch.zeros_like(images))
+    if 'caption_share' in arm:
+        assert stage(moments, ids, share)['caption flow'].abs().max() < 1e-10
+    else:
+        assert reverse_terms(stage.trained, stage.features(ids[:, 1]), images, ids[:, 1])['reverse'].abs().max() < 1e-10
+    for steps in (1, 3):
+        assert torch.allclose(stage.trained.follow(images, True, steps), text, atol=1e-5)
 
 
 def test_released_weights_are_fine_tuned_for_both_directions(folder, tmp_path):
