@@ -8,9 +8,9 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
 PARTS = {
-    'Start': ['one_page', 'quickstart', 'playground', 'train'], 'The flow': ['flow/*'], 'Models': ['models/*'], 'Losses': ['losses/*'], 'Data': ['data/*'], 'Training': ['training/*'],
+    'Start': ['one_page', 'quickstart', 'playground', 'train'], 'The flow': ['flow/*'], 'Models': ['config', 'models/*'], 'Losses': ['losses/*'], 'Data': ['data/*'], 'Training': ['training/*'],
     'Use': ['pipeline', 'pretrained', 'demo', 'cli'], 'Evaluation': ['evaluation/*'], 'Speed': ['speed/*'], 'Experiments': ['experiments/*'],
-    'Behind it': ['api', 'config', 'files', 'promises', 'log']}
+    'Behind it': ['api', 'files', 'promises', 'log']}
 
 
 def chapters(
@@ -54,6 +54,8 @@ def write_sources(target: Path):
             file.write_text(f"# {page.removeprefix('papers_results/').replace('/', ', ').replace('_', ' ')}\n\n{text}")
     parts.append({'caption': 'Results', 'chapters': [{'file': 'papers_results/README', 'sections': [{'file': page} for page in results]}]})
     parts.append({'caption': 'Project', 'chapters': [{'file': page} for page in ('CONTRIBUTING', 'CHANGELOG', 'SECURITY')]})
+    (target / '_static').mkdir(exist_ok=True)
+    (target / '_static' / 'narrow.css').write_text('td code { white-space: normal; overflow-wrap: anywhere; }\n')   # commands in tables, on a telephone
     (target / '_toc.yml').write_text(json.dumps({'format': 'jb-book', 'root': 'nbs/index', 'parts': parts}, indent=1))       # JSON is YAML
     (target / '_config.yml').write_text(json.dumps({
         'title': 'FlowTok', 'author': 'the flowtok contributors', 'copyright': '2026', 'only_build_toc_files': True, 'execute': {'execute_notebooks': 'off'},
