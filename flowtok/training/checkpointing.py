@@ -315,4 +315,4 @@ def progress_line(
     left = pace * (run.recipe.steps - last['step'])
     clock = f'{left / 3600:.1f} hours' if left > 5400 else f'{left / 60:.1f} minutes' if left > 90 else f'{left:.0f} seconds'
     return (f"{run.stage}: step {last['step']:,} of {run.recipe.steps:,}, {pace:.3g} s a step, "
-            f"{run.recipe.batch_size / max(pace, 1e-9):.3g} samples/s, {clock} left")
+            f"{run.recipe.batch_size / max(pace, 1e-9):.3g} samples/s, {'done' if last['step'] >= run.recipe.steps else f'{clock} left'}")

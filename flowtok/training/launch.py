@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -129,10 +130,15 @@ def watch(
     processes: int = 0,  # of each; 0 for `default_processes`
 ) -> list[list[dict]]:  # all lines of the log of each run
     "Train stages side by side, each shown in one output that changes."
-    from IPython.display import display
-    screens = [display({'text/plain': f'{run.stage}: starting'}, raw=True, display_id=True) for run in runs]
+    from IPython.display import Image, display
+    screens, lines = ([display({'text/plain': f'{run.stage}: starting'}, raw=True, display_id=True) for run in runs] for _ in range(2))
     streams = dict(enumerate(launch(run, processes, len(runs)) for run in runs))
     events, due = [[] for _ in runs], [time.time() + 5] * len(runs)
+
+    def say(i):
+        text = progress_line(runs[i], events[i])
+        lines[i].update({'text/plain': text}, raw=True) if lines[i] else print(text)
+
     try:
         while streams:
             for i in list(streams):
@@ -141,11 +147,14 @@ def watch(
                     del streams[i]
                 elif event:
                     events[i].append(event)
-                    if event.get('step') == 3:
-                        print(progress_line(runs[i], events[i]))
+                    if event.get('step') == 3:                                   # the first estimate, and a line in a terminal
+                        say(i)
                 if screens[i] and (event == 'end' or time.time() > due[i]):
                     began = time.time()
-                    screens[i].update(draw_curves(runs[i], events[i]))
+                    image = BytesIO()                                            # as bytes, which every notebook shows
+                    draw_curves(runs[i], events[i]).savefig(image, format='png')
+                    screens[i].update(Image(image.getvalue()))
+                    say(i)
                     due[i] = time.time() + max(5, 30 * (time.time() - began))  # drawing must not slow down training
     finally:
         for stream in streams.values():
