@@ -7,7 +7,8 @@ __all__ = ['QUESTIONS', 'NOT_MEASURED', 'SENTENCE', 'AGREEMENT', 'MEASURES', 'SA
            'find_records', 'records_of', 'conditions_of', 'Measured', 'from_images', 'from_captions', 'from_speed',
            'from_training', 'all_measured', 'beside', 'count_parameters', 'table_1', 'table_5', 'table_6',
            'interval_of', 'summarise', 'compare', 'sentence_of', 'verdict_row', 'summary_rows', 'table_4', 'figure_2',
-           'contents_row', 'readme', 'paper_page', 'interval_text', 'seeds_page', 'joined_columns', 'build_tables']
+           'contents_row', 'one_network_parts', 'readme', 'paper_page', 'interval_text', 'seeds_page', 'joined_columns',
+           'build_tables']
 
 # %% ../../nbs/experiments/04_tables.ipynb #93abf985
 import re
@@ -30,6 +31,7 @@ QUESTIONS = {  # run notebook -> its title
     'benchmark_speed': 'How many pictures a second, beside its peers?',
     'ablations': 'What does each part of the recipe bring?',
     'text_as_source': 'Is text better as the source than as a condition?',
+    'one_network': 'Can one network draw and caption, and in how few steps?',
     'figures': 'What does it draw, and how does it work?'}
 
 
@@ -346,7 +348,9 @@ CONTENTS = (  # name, what it is about, notebook, files
     ('figure 1', 'images with their prompts', 'figures', ('figures/figure_1.png',)),
     ('figure 2', 'text as a source or as a condition', 'text_as_source', ('figure_2', 'text_as_source/curves.png')),
     ('figure 3', 'quality against cost and speed', 'figures', ('figures/figure_3.png',)),
-    ('figure 4', 'overview of the system', 'figures', ('figures/figure_4.png',)))
+    ('figure 4', 'overview of the system', 'figures', ('figures/figure_4.png',)),
+    ('not in the paper', 'one network, both directions', 'one_network', ('one_network/summary.md', 'one_network/one_network.png')),
+    ('not in the paper', '1 to 4 steps', 'one_network', ('one_network/few_steps.md', 'one_network/few_steps.png', 'one_network/speed.md')))
 
 
 FIGURES = {'Eight prompts on their way to the image': 'figures/path.webp', 'What each part of the recipe brings': 'ablations/summary.png',
@@ -371,6 +375,17 @@ def contents_row(
                        or (NOT_MEASURED if notebooks else 'from the presets'),
             'notebooks': ', '.join(f'[{notebook}](../nbs/{"" if notebook == "train" else "experiments/"}{notebook}.ipynb)' for notebook in notebooks.split()),
             "the paper's values from": SOURCES.get(name, SOURCES['table 2'] if name == 'figure 3' else '')}
+
+
+def one_network_parts(records: dict[str, RunRecord]) -> list[str]:
+    "Section of the README on one network for both directions and on few steps: the means over seeds with their controls."
+    parts = []
+    for where, run in records_of(records, 'one_network').items():
+        rows = [{name: row.get(name, '') for name in ('model', 'steps', 'seeds', 'accuracy (%)', 'tone TV', 'FID, stand-in features', 'recall', 'captions, 1 step (%)')}
+                for row in run.metrics['summary']]
+        parts += ['## One network, both directions, and 1 to 4 steps', f"Means over seeds; arms and targets are those of [one_network](../nbs/experiments/one_network.ipynb) "
+                  f"({run.label()}; [record]({where})).", markdown_table(rows).strip(), '\n'.join(f'- {sentence}' for sentence in run.metrics.get('sentences', ()))]
+    return parts
 
 # %% ../../nbs/experiments/04_tables.ipynb #2832693b
 def readme(folder: Path, records: dict[str, RunRecord]) -> str:
@@ -404,6 +419,7 @@ def readme(folder: Path, records: dict[str, RunRecord]) -> str:
         parts += [table(clear)] * bool(clear) + [folded(f'{len(unclear)} comparisons within noise', table(unclear))] * bool(unclear)
     if more:
         parts += ['\n'.join(f'- {sentence}' for sentence in more)]
+    parts += one_network_parts(records)
     if others:
         parts += ['## Other records', folded(f'{len(others)} records', table(others))]
     return '\n\n'.join(parts) + '\n'
