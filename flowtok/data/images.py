@@ -409,11 +409,13 @@ def save_animation(
     size: int = 128,  # width of an image, at least
     milliseconds: int = 80,  # of a frame
     hold: int = 2000,  # milliseconds of the last one
+    times: list[float] | None = None,  # of the frames, written before the captions
 ):
     "Save grids of images as an animation without end."
     if Path(path).suffix not in ('.gif', '.webp'):
         raise ValueError(f"An animation must be a .gif or a .webp, got {path}.")
-    first, *others = [show_grid(images, captions, columns, size) for images in frames]
+    texts = [[f't = {t:.2f} {text}' for text in captions or ['']] for t in times] if times else [captions] * len(frames)
+    first, *others = [show_grid(images, own, columns, size) for images, own in zip(frames, texts, strict=True)]
     with atomic_path(path) as part:
         first.save(part, Path(path).suffix[1:], save_all=True, append_images=others, duration=[milliseconds] * len(others) + [hold], loop=0)
 

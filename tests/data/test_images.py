@@ -217,6 +217,16 @@ def test_an_animation_has_a_frame_for_each_time(tmp_path):
     save_animation(frames, tmp_path / 'a.gif', ['a', 'b'])
     with Image.open(tmp_path / 'a.gif') as moving:
         assert moving.n_frames == 3 and moving.size[0] == 260 and moving.size[1] > 128 and moving.info['loop'] == 0
+    still = [frames[0]] * 3
+    save_animation(still, tmp_path / 'a.gif', ['a', 'b'], times=[0., .5, 1.])
+    with Image.open(tmp_path / 'a.gif') as moving:
+        seen = []
+        for i in range(moving.n_frames):
+            moving.seek(i)
+            seen.append(moving.convert('RGB').tobytes())
+        assert len(set(seen)) == 3                                                    # the times are written
+    with pytest.raises(ValueError):
+        save_animation(still, tmp_path / 'b.gif', times=[0.])
     with pytest.raises(ValueError):
         save_animation(frames, tmp_path / 'a.mp4')
     with pytest.raises(ValueError):
