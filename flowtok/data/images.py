@@ -390,7 +390,7 @@ def show_grid(
     if not images:
         raise ValueError("There is no image to show: give at least one.")
     columns, wide = min(columns, len(images)), max(size, images[0].width)
-    lines = [wrap(text, wide // 7) for text in captions or []]
+    lines = [[line for part in text.splitlines() for line in wrap(part, wide // 7)] for text in captions or []]
     high, text = wide * images[0].height // images[0].width, 16 * max(map(len, lines)) + 6 if lines else 0
     grid = Image.new('RGB', ((wide + gap) * columns - gap, (high + text + gap) * -(-len(images) // columns) - gap), 'white')
     for i, image in enumerate(images):
@@ -414,7 +414,7 @@ def save_animation(
     "Save grids of images as an animation without end."
     if Path(path).suffix not in ('.gif', '.webp'):
         raise ValueError(f"An animation must be a .gif or a .webp, got {path}.")
-    texts = [[f't = {t:.2f} {text}' for text in captions or ['']] for t in times] if times else [captions] * len(frames)
+    texts = [[f't = {t:.2f}\n{text}' for text in captions or ['']] for t in times] if times else [captions] * len(frames)
     first, *others = [show_grid(images, own, columns, size) for images, own in zip(frames, texts, strict=True)]
     with atomic_path(path) as part:
         first.save(part, Path(path).suffix[1:], save_all=True, append_images=others, duration=[milliseconds] * len(others) + [hold], loop=0)
