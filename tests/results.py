@@ -15,6 +15,7 @@ RESULTS = {  # run notebook -> its records: folder, figures, tables that are sho
     'experiments/ablations': [('ablations', ['summary.png'], [], ['summary'])],
     'experiments/solvers': [('solvers', ['solvers.png'], [], ['solvers'])],
     'experiments/emoji': [('emoji', ['held_out_people.png'], [], ['text_to_image', 'image_to_text', 'features'])],
+    'experiments/one_network': [('one_network', ['one_network.png', 'few_steps.png'], ['summary'], ['gaps', 'both', 'few_steps', 'errors', 'speed'])],
     'experiments/text_encoders': [('text_encoders', ['text_encoders.png'], [], ['text_encoders'])],
     'experiments/benchmark_captions': [('captions', ['captions.png'], ['scores'], [])],
     'experiments/benchmark_coco': [('coco', ['pictures.png'], [], [])],
@@ -68,13 +69,13 @@ def front() -> str:  # Markdown
         ('Drawn scenes from captions never trained on', f"{scenes['accuracy (%)']:.1f}% right ({scenes['accuracy, low']:.1f} to {scenes['accuracy, high']:.1f}), images of one caption {scenes['spread ratio']:.2f} times as varied as true ones",
          f"a painter of means: {painter['accuracy (%)']:.1f}%, {painter['spread ratio']:.2f} times", 'tiny'),
         ('Captions of drawn scenes never trained on', f"{said['percent']:.1f}% true ({said['low']:.1f} to {said['high']:.1f})", '', 'tiny')]
-    if (root / 'papers_results' / 'one_network' / 'result.json').exists():
-        one, two = (rows('one_network', 'both directions', model=model, steps=20) for model in ('reversal+', 'two'))
-        lines.append((f'One network for both directions ({len(one)} seeds)', f"images {average(one, 'accuracy (%)'):.1f}%, captions by one step back {average(one, 'captions, 1 step (%)'):.1f}%",
-                      f"two networks: {average(two, 'accuracy (%)'):.1f}%, {average(two, 'captions, 1 step (%)'):.1f}%", 'one_network'))
-        few = {name: [average(rows('one_network', 'few steps', model=name, steps=k), 'accuracy (%)') for k in (4, 1)] for name in ('consistency', 'mean_flow', 'shortcut')}
-        best, teacher = max(few, key=lambda name: few[name][0]), row('one_network', 'few steps', model='teacher, Euler', steps=20)
-        lines.append((f"Four steps and one, {best.replace('_', ' ')}", f'{few[best][0]:.1f}% and {few[best][1]:.1f}%', f"its teacher, 20 guided steps: {teacher['accuracy (%)']:.1f}%", 'one_network'))
+    one, two = row('one_network', 'both directions', model='longer', steps=20), rows('one_network', 'both directions', model='two', steps=20)
+    teacher = row('one_network', 'few steps', model='teacher, Euler', steps=20)
+    few = {k: row('one_network', 'both directions', model='longer_map', steps=k) for k in (4, 1)}
+    lines += [
+        ('One network for both directions, trained on from the flow (one seed)', f"images {one['accuracy (%)']:.1f}% right, captions by one step back {one['captions, 1 step (%)']:.1f}% true; {one['parameters of the flows'] / 1e6:.1f} million parameters",
+         f"the flow it started from: {teacher['accuracy (%)']:.1f}%; two networks trained on for fewer steps: {average(two, 'accuracy (%)'):.1f}% and {average(two, 'captions, 1 step (%)'):.1f}%, {two[0]['parameters of the flows'] / 1e6:.1f} million", 'one_network'),
+        ('The same network as a flow map, in 4 steps and in 1', f"images {few[4]['accuracy (%)']:.1f}% and {few[1]['accuracy (%)']:.1f}% right, captions {few[4]['captions, 1 step (%)']:.1f}% true", f"20 guided steps: {one['accuracy (%)']:.1f}%", 'one_network')]
     lines += [
         ('Text as source against cross-attention, equal cost', f"{source['accuracy (%)']:.1f}%", f"cross-attention: {cross['accuracy (%)'] + 1e-9:.1f}%", 'text_as_source'),
         ('Emoji of people in combinations never trained on', f"{people['all three (%)']:.1f}% right in role, gender and tone ({people['top-1, low']:.1f} to {people['top-1, high']:.1f})", f"copy of the most similar name: {cheat['all three (%)']:.1f}%", 'emoji'),
