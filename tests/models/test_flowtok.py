@@ -153,8 +153,9 @@ def test_tokens_of_another_shape(tiny, shape):
 
 def test_as_many_text_tokens_as_image_tokens():
     config = preset('tiny')
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError) as error:
         FlowTok(replace(config, text=replace(config.text, length=20)))
+    assert all(str(value) in str(error.value) for value in (20, config.tokenizer.num_tokens))
 
 
 # sizes and start
