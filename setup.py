@@ -28,7 +28,7 @@ setup(
     include_package_data=False,
     package_data={'flowtok': ['weights/**/*']},
     install_requires=cfg['requirements'].split(),
-    extras_require={name: cfg[f'{name}_requirements'].split() for name in ('dev', 'captions', 'perceptual', 'real', 'hf', 'demo', 'docs', 'peers')},
+    extras_require={name: cfg[f'{name}_requirements'].split() for name in ('dev', 'captions', 'real', 'hf', 'demo', 'docs', 'peers')},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'papermill.io': cfg['papermill_io'].split(),
                   'flowtok.pipelines': cfg['pipelines'].split()},
     zip_safe=False,

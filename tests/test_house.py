@@ -317,7 +317,7 @@ def test_package_says_what_settings_say():
     stated = {str(Requirement(r)) for r in cfg['requirements'].split()}
     installed = {str(Requirement(r)) for r in importlib.metadata.requires('flowtok') if 'extra' not in r}
     assert stated == installed, 'settings.ini changed after the install: pip install -e . again'
-    assert set(meta.get_all('Provides-Extra')) == {'dev', 'captions', 'perceptual', 'real', 'hf', 'demo', 'docs', 'peers'}
+    assert set(meta.get_all('Provides-Extra')) == {'dev', 'captions', 'real', 'hf', 'demo', 'docs', 'peers'}
 
 
 def test_entry_points_lead_somewhere():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['perceptual_files', 'perceptual_networks', 'Blur', 'PatchDiscriminator', 'freeze', 'Perceptual', 'LPIPS',
            'ConvNeXtLogits', 'find_file', 'download_file', 'read_weights', 'load_lpips', 'load_convnext',
-           'find_perceptual', 'mean_over_processes', 'Adversary', 'TokenizerCritics']
+           'locate_perceptual', 'find_perceptual', 'mean_over_processes', 'Adversary', 'TokenizerCritics']
 
 # %% ../../nbs/losses/02_perceptual.ipynb #9f2c00f8
 import math
@@ -151,10 +151,10 @@ class ConvNeXtLogits(Perceptual):
             expected = self.logits(images)
         return F.mse_loss(self.logits(decoded), expected)
 
-# %% ../../nbs/losses/02_perceptual.ipynb #8ea60063
+# %% ../../nbs/losses/02_perceptual.ipynb #b1460f20
 perceptual_files = {                                # by name: the file, its size, where it comes from
     'vgg': ('vgg16-397923af.pth', '528 MB', 'https://download.pytorch.org/models/vgg16-397923af.pth'),
-    'lin': ('lpips_vgg.pth', '7 kB', "weights/v0.1/vgg.pth of the package lpips: pip install 'flowtok[perceptual]'"),
+    'lin': ('lpips_vgg.pth', '7 kB', "weights/v0.1/vgg.pth of the package lpips: pip install lpips"),
     'convnext': ('convnext_small-0c510722.pth', '192 MB',
                  'https://download.pytorch.org/models/convnext_small-0c510722.pth')}
 
@@ -162,13 +162,8 @@ perceptual_files = {                                # by name: the file, its siz
 def find_file(
     name: str,  # one of `perceptual_files`
     folder: Path,  # where it is looked for
-    given: str | Path | None = None,  # where it was said to be
 ) -> Path | None:  # None where it is missing
-    "Find a weight file; FileNotFoundError where a named one is missing."
-    if given is not None:
-        if not Path(given).is_file():
-            raise FileNotFoundError(f"There is no file {given}: name the file that holds the weights {name}.")
-        return Path(given)
+    "Find a weight file."
     places = [Path(folder) / perceptual_files[name][0]]
     package = find_spec('lpips') if name == 'lin' else None
     if package:
@@ -232,34 +227,39 @@ def load_convnext(convnext: Path) -> ConvNeXtLogits:
     classifier.load_state_dict(read_weights(convnext, classifier.state_dict()), assign=True)
     return ConvNeXtLogits(classifier)
 
-# %% ../../nbs/losses/02_perceptual.ipynb #5e327b83
+# %% ../../nbs/losses/02_perceptual.ipynb #ecce7455
 perceptual_networks = {                             # by name: for people, how it is loaded, from which files
     'lpips': ('LPIPS', load_lpips, ('vgg', 'lin')),
     'convnext': ('ConvNeXt-S', load_convnext, ('convnext',))}
 
 
-def find_perceptual(
+def locate_perceptual(
     expected: tuple[str, ...] = tuple(perceptual_networks),  # names of them
     folder: str | Path | None = None,  # of the files, None for torch.hub's checkpoints
-    vgg: str | Path | None = None,  # VGG16's file, None to look for it
-    lin: str | Path | None = None,  # LPIPS's own file, None to look for it
-    convnext: str | Path | None = None,  # ConvNeXt-S's file, None to look for it
     download: bool = False,  # files that are missing, where that is possible
-) -> tuple[dict[str, Perceptual], list[str]]:  # those whose files are there, by name; a sentence for each other
-    "Perceptual networks whose weights are available, and sentences about the missing ones."
-    folder = Path(folder or Path(torch.hub.get_dir()) / 'checkpoints')
-    given, networks, sentences = {'vgg': vgg, 'lin': lin, 'convnext': convnext}, {}, []
+) -> tuple[dict[str, dict[str, Path]], list[str]]:  # network -> its files, where all are there; a sentence for each other
+    "Weight files of perceptual networks, and sentences about the missing ones."
+    folder, located, sentences = Path(folder or Path(torch.hub.get_dir()) / 'checkpoints'), {}, []
     for name in expected:
-        title, load, needs = perceptual_networks[name]
-        files = {need: find_file(need, folder, given[need]) or (download_file(need, folder) if download else None)
-                 for need in needs}
+        title, _, needs = perceptual_networks[name]
+        files = {need: find_file(need, folder) or (download_file(need, folder) if download else None) for need in needs}
         missing = [perceptual_files[need] for need, file in files.items() if file is None]
         if not missing:
-            networks[name] = load(**files)
+            located[name] = files
         else:
             files_needed = ' and '.join(f'{file} ({size}, from {source})' for file, size, source in missing)
             sentences.append(f"Without the perceptual term of {title}: put {files_needed} into the folder {folder}.")
-    return networks, sentences
+    return located, sentences
+
+
+def find_perceptual(
+    expected: tuple[str, ...] = tuple(perceptual_networks),  # as `locate_perceptual`
+    folder: str | Path | None = None,
+    download: bool = False,
+) -> tuple[dict[str, Perceptual], list[str]]:  # those whose files are there, by name; a sentence for each other
+    "Perceptual networks whose weights are available, and sentences about the missing ones."
+    located, sentences = locate_perceptual(expected, folder, download)
+    return {name: perceptual_networks[name][1](**files) for name, files in located.items()}, sentences
 
 # %% ../../nbs/losses/02_perceptual.ipynb #3f489ecf
 def mean_over_processes(

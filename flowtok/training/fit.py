@@ -6,7 +6,7 @@
 __all__ = ['MAX_NONFINITE_STEPS', 'Batches', 'setup', 'finish', 'Report', 'fit', 'train', 'cache_tokens', 'processes', 'prepare',
            'scenes_for', 'train_stages', 'exit_with', 'stop_at_end_of_input', 'main']
 
-# %% ../../nbs/training/04_fit.ipynb #147f3355
+# %% ../../nbs/training/04_fit.ipynb #5d1ad555
 import hashlib
 import math
 import os
@@ -36,7 +36,7 @@ from .checkpointing import (Log, GracefulStop, Stopped, all_gather_object, check
                              save_checkpoint, set_aside, show_progress, collapse_warning, loggable_values, training_state)
 from ..models.fast import align_swiglu
 from ..models.flowtok import load_weights, save_weights
-from .tasks import Run, Stage, earlier_weights, stage_classes
+from .tasks import Run, Stage, check_perceptual, earlier_weights, stage_classes
 from .optim import Critics, Ema, amp_precision, learning_rate_factor, make_optimizers, training_steps
 from ..data.mixture import find_sources
 from ..data.loader import open_batches
@@ -307,19 +307,23 @@ def scenes_for(out: str | Path, config, n: int, anywhere: float = 0.) -> str:  #
     write_shards(folder, 'train', n, config.tokenizer.image_size, anywhere=anywhere)
     return str(folder)
 
-# %% ../../nbs/training/04_fit.ipynb #631b4565
+# %% ../../nbs/training/04_fit.ipynb #293d8990
 def train_stages(
     runs: list[Run],
     samples: int,  # shapes scenes to draw where these are the data
     anywhere: float = 0.,  # share of them whose things lie anywhere
 ):
     "Train stages one after the other, each unless its weights are there, and print the progress."
-    state = processes()
-    if runs[0].data == 'scenes':
+    state, drawn = processes(), runs[0].data == 'scenes'
+    with state.main_process_first():                                             # which downloads what is missing
+        checked, sentences = zip(*(check_perceptual(run, drawn) for run in runs))
+    if state.is_main_process:
+        print(*filter(None, sentences), sep='\n', end='\n' * any(sentences), flush=True)
+    if drawn:
         with state.main_process_first():
             scenes_for(runs[0].out, runs[0].config, samples, anywhere)
-        runs = [replace(run, data=str(Path(run.out) / 'scenes')) for run in runs]
-    for run in runs:
+        checked = [replace(run, data=str(Path(run.out) / 'scenes')) for run in checked]
+    for run in checked:
         if run.weights.exists():
             print(f'{run.weights} is there, nothing to do', flush=True)
             continue

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAX_CACHED_VALUES', 'stage_classes', 'weights_file', 'Run', 'vocabulary_for', 'parse_changes', 'plan',
-           'earlier_weights', 'initial_weights', 'Stage', 'TokenizerStage', 'TextStage', 'flow_objective',
-           'tempered_sample', 'FlowStage', 'BothStage']
+           'check_perceptual', 'earlier_weights', 'initial_weights', 'Stage', 'TokenizerStage', 'TextStage',
+           'flow_objective', 'tempered_sample', 'FlowStage', 'BothStage']
 
-# %% ../../nbs/training/01_tasks.ipynb #f16f25d4
+# %% ../../nbs/training/01_tasks.ipynb #83acd616
 import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..flow.flow_map import guided_teacher
 from ..flow.path import ShardedRandom, draw
 from ..models.layers import DiagonalGaussian
 from ..models.flowtok import FlowTok, TwoWayFlowTok, direction_config, load_weights
+from ..losses.perceptual import locate_perceptual
 from ..losses.objective import (ObjectiveConfig, TokenizerObjectiveConfig, caption_cross_entropy, flow_map_terms, image_to_text_terms,
                                kl_loss, reverse_terms, text_to_image_terms, tokenizer_terms)
 from ..models.text import CaptionCache, TextAutoencoder, text_encoder
@@ -159,6 +160,21 @@ def plan(
     return Run(stage, config, usual, str(data), str(out), log_every=1 if steps < 50 else 10,
                sample_every=max(1, steps // 8) if config.name in ('tiny', 'small') else 5000,
                save_every=max(100, steps // 10) if config.name in ('tiny', 'small') else 1000, **watching)
+
+# %% ../../nbs/training/01_tasks.ipynb #bb989aad
+def check_perceptual(
+    run: Run,
+    drawn: bool,  # whether the data are drawn scenes
+) -> tuple[Run, str]:  # the run, on scenes without missing losses; a sentence about these, '' where nothing is missing
+    "Find the perceptual networks of a tokenizer's recipe; FileNotFoundError where training with data lacks one."
+    r, names = run.recipe, ('lpips', 'convnext')[:1 + bool(run.recipe.convnext_share)]
+    if run.stage != 'tokenizer' or not r.perceptual_weight or run.weights.exists():
+        return run, ''
+    missing = ' '.join(locate_perceptual(names, download=r.require_perceptual and not drawn)[1])
+    if missing and r.require_perceptual and not drawn:
+        raise FileNotFoundError(f"The tokenizer's perceptual losses need weights that are not here and could not be downloaded. {missing} "
+                                "Or train without these losses: -p changes require_perceptual=false (papermill), --recipe.require-perceptual False (flowtok train).")
+    return replace(run, recipe=replace(r, require_perceptual=False)) if missing else run, missing
 
 # %% ../../nbs/training/01_tasks.ipynb #fdf0d49d
 def earlier_weights(
