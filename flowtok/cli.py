@@ -80,7 +80,7 @@ RecipeChanges = make_dataclass('RecipeChanges', [
     for f in fields(Recipe) if f.name not in ('steps', 'batch_size', 'betas')])
 RecipeChanges.__doc__ = "Values that differ from the recipe of the scale and stage; see flowtok.config.Recipe."
 
-# %% ../nbs/cli.ipynb #1bc2c7ee
+# %% ../nbs/cli.ipynb #7ca3c513
 @dataclass
 class Train:
     "Train the stages of a FlowTok, each unless its weights are there; a stopped run resumes."
@@ -119,17 +119,21 @@ class Train:
             os.execv(sys.executable, [*command, 'flowtok.cli', *sys.argv[1:]])
 
         def work():
-            changes = {name: value for name, value in asdict(self.recipe).items() if value is not None}
-            data = local_data(self.data, self.out, self.image_column, self.caption_column)
-            words = vocabulary_for(data, self.out, self.init) if self.scale in ('smoke', 'tiny') and data != 'scenes' else ()
+            changes, data, draw = {name: value for name, value in asdict(self.recipe).items() if value is not None}, self.data, None
+            if data == 'scenes':
+                from flowtok.toy.shapes import write_shards
+                data = str(Path(self.out) / 'scenes')
+                draw = lambda: write_shards(data, 'train', self.samples, runs[0].config.tokenizer.image_size, anywhere=self.anywhere)
+            data = local_data(data, self.out, self.image_column, self.caption_column)
+            words = vocabulary_for(data, self.out, self.init) if self.scale in ('smoke', 'tiny') and draw is None else ()
             settings = {name: getattr(self, name) for name in ('clip', 'init', 'seed', 'keep', 'workers', 'compile', 'memory_budget', 'tensorboard', 'resume')}
             runs = [plan(stage, self.scale, data, self.out, phase=self.phase, steps=self.steps, longer=self.longer,
                          batch_size=self.batch_size, changes=changes, words=words, **settings)
                     for stage in (stages if self.stage == 'all' else (self.stage,))]
-            train_stages(runs, self.samples, self.anywhere)
+            train_stages(runs, draw)
         exit_with(work)
 
-# %% ../nbs/cli.ipynb #37d5ab7a
+# %% ../nbs/cli.ipynb #8f6fd9d3
 @dataclass
 class Conversion:
     "Options and run of a conversion; a subclass lists the images of its data set."
@@ -142,12 +146,12 @@ class Conversion:
 
     def run(self):
         from flowtok.data.convert import convert_images, image_folder, list_reasons
-        from flowtok.data.shapes import whole_number
+        from flowtok.config import check_integer
         try:
             image_folder(self.image_folder)                                      # first: a large list takes seconds to read
             name, entries = self.listed()
             if self.limit is not None:
-                entries = entries[:whole_number('limit', self.limit, 1)]
+                entries = entries[:check_integer('limit', self.limit)]
             source = convert_images(name, entries, self.image_folder, self.out, size=self.size, fit=self.fit, min_side=self.min_side, processes=self.processes,
                                       samples_per_shard=self.samples_per_shard, progress=True)
         except KeyboardInterrupt:
@@ -233,7 +237,7 @@ class EmojiShards:
     samples_per_shard: int = 500
 
     def run(self):
-        from flowtok.data.emoji import write_emoji_shards
+        from flowtok.toy.emoji import write_emoji_shards
         counts = write_emoji_shards(self.out, self.size, self.samples_per_shard)
         print('; '.join(f'{n:,} emoji are in {self.out}/{split}/*.tar' for split, n in counts.items()))
         print(f'train on them: papermill nbs/train.ipynb -p scale small -p data {self.out}/train -p anchored yes')
@@ -254,8 +258,8 @@ class Tables:
     folder: Annotated[Positional[Path | None], arg(metavar='FOLDER')] = None  # with the records (default: papers_results)
 
     def run(self):
-        from flowtok.experiments.records import repository_root
-        from flowtok.experiments.tables import build_tables
+        from flowtok.lab.records import repository_root
+        from flowtok.lab.tables import build_tables
         written = build_tables(self.folder or repository_root() / 'papers_results')
         print(f'{len(written)} files, from {written[0].name} to {written[-1].name}')
 
@@ -272,7 +276,7 @@ class Bench:
     out: str = ''  # folder for tables and record (default: they are only printed)
 
     def run(self):
-        from flowtok.speed.throughput import benchmark
+        from flowtok.lab.throughput import benchmark
         for name, least in (('batch_size', 1), ('steps', 1), ('repeats', 1), ('train', 0)):
             if getattr(self, name) < least:
                 raise ValueError(f'{name} must be at least {least}, got {getattr(self, name)}.')

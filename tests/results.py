@@ -6,7 +6,7 @@ from statistics import mean
 
 from navigation import INDEX, with_cell
 
-from flowtok.experiments.records import read_record
+from flowtok.lab.records import read_record
 
 root = Path(__file__).resolve().parents[1]
 RESULTS = {  # run notebook -> its records: folder, figures, tables that are shown, tables that are folded

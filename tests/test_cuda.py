@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from flowtok.data.shapes import write_shards
+from flowtok.toy.shapes import write_shards
 from flowtok.models.fast import align_swiglu, fuse_gelu
 from flowtok.models.layers import MLP, SwiGLU
 from flowtok.pipeline import FlowTokPipeline

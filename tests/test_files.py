@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from flowtok.data.shapes import write_shards
+from flowtok.toy.shapes import write_shards
 from flowtok.files import lock_folder
 from flowtok.training.fit import train
 from flowtok.training.tasks import plan

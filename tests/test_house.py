@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 from readme import markdown, root
 
 nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-packages = 'config files flow models losses data training pipeline pretrained evaluation experiments speed demo cli __init__'.split()  # each imports those before it
+packages = 'config files flow models losses data training pipeline pretrained evaluation toy lab demo cli __init__'.split()  # each imports those before it
 
 
 def cells(path, kind='code'):
@@ -77,26 +77,30 @@ def test_modules_are_what_the_chapters_export(copy):
 def test_pyflakes_finds_nothing(): run('-m', 'pyflakes', str(root/'flowtok'))
 
 
-def imported(tree):
-    "The modules of flowtok that the parsed code imports"
-    for node in ast.walk(tree):
-        names = [a.name for a in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
-        if isinstance(node, ast.ImportFrom): names = [f'{node.module}.{name}' for name in names]
-        for name in names:
-            parts = name.split('.')[1:] if name.startswith('flowtok.') else []
-            yield from [m for n in (1, 2) if (m := '.'.join(parts[:n])) in order][:1] or ['.'.join(parts)] * bool(parts)
-
-
-def code(path):
-    "A notebook's code as one parsed module, IPython's own lines made Python"
-    from IPython.core.inputtransformer2 import TransformerManager
-    return ast.parse('\n'.join(TransformerManager().transform_cell(source(c)) for c in cells(path)))
-
-
 @pytest.mark.parametrize('path', chapters, ids=ident)
 def test_chapters_import_what_comes_before_them(path):
-    wrong = {m for m in imported(code(path)) if m not in order or order[m] >= order[module[path]]}
+    "Modules; the cells of a lesson may use the drawn scenes, too."
+    own = module[path]
+    tree = ast.parse((root/'flowtok'/f"{own.replace('.', '/')}.py").read_text(encoding='utf-8')) if own != '__init__' else ast.parse('')
+    imports = {m for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for m in absolute(node, own)}
+    wrong = {m for m in imports if m not in order or order[m] >= order[own]}
     assert not wrong, f'{ident(path)} imports {sorted(wrong)}: packages import in the order {", ".join(packages)}, chapters of one package in that of their numbers'
+    side = {m for m in imports if m.split('.')[0] in ('toy', 'lab')}
+    if own.split('.')[0] in ('toy', 'lab'): return
+    assert not side or own in ('cli', 'demo'), f'{own} imports {sorted(side)}'
+    at_import = {m for node in tree.body if isinstance(node, ast.ImportFrom) for m in absolute(node, own)}
+    assert not side & at_import, f'{own} imports {sorted(side)} outside of a function'
+
+
+def absolute(node, own):
+    "Modules of flowtok that a from-import names, relative ones resolved."
+    base = own.split('.')[:-1] if node.level == 1 else []
+    if node.level: parts = [*base, *(node.module or '').split('.')] if node.level <= 2 else []
+    elif (node.module or '').split('.')[0] == 'flowtok': parts = node.module.split('.')[1:]
+    else: return []
+    parts = [p for p in parts if p]
+    names = ['.'.join([*parts, a.name]) for a in node.names]
+    return ['.'.join(parts)] if '.'.join(parts) in order else [n for n in names if n in order] or ['.'.join(parts)]
 
 
 @pytest.mark.parametrize('path', chapters, ids=ident)

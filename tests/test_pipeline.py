@@ -23,8 +23,8 @@ from flowtok.flow.solver import fit_grid, sample
 from flowtok.models.flowtok import direction_config
 from flowtok.models.text import tell_truncation
 from flowtok.pipeline import PARTS, FlowTokPipeline, embedded_weights
-from flowtok.data.shapes import captions, draw_scene, render
-from flowtok.data.verifier import is_true
+from flowtok.toy.shapes import captions, draw_scene, render
+from flowtok.toy.verifier import is_true
 
 
 @pytest.fixture(scope='module')

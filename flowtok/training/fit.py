@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_NONFINITE_STEPS', 'Batches', 'setup', 'finish', 'Report', 'fit', 'train', 'cache_tokens', 'processes', 'prepare',
-           'scenes_for', 'train_stages', 'exit_with', 'stop_at_end_of_input', 'main']
+           'train_stages', 'exit_with', 'stop_at_end_of_input', 'main']
 
-# %% ../../nbs/training/04_fit.ipynb #5d1ad555
+# %% ../../nbs/training/04_fit.ipynb #b790d1d2
 import hashlib
 import math
 import os
@@ -17,7 +17,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -299,30 +298,20 @@ def prepare(run: Run):
         cache_tokens(run, iter, state.process_index, state.num_processes)
         state.wait_for_everyone()
 
-# %% ../../nbs/training/04_fit.ipynb #ad9a4439
-def scenes_for(out: str | Path, config, n: int, anywhere: float = 0.) -> str:  # a folder of shards
-    "Draw embedded scenes to train on, unless they are there."
-    from flowtok.data.shapes import write_shards
-    folder = Path(out) / 'scenes'
-    write_shards(folder, 'train', n, config.tokenizer.image_size, anywhere=anywhere)
-    return str(folder)
-
-# %% ../../nbs/training/04_fit.ipynb #293d8990
+# %% ../../nbs/training/04_fit.ipynb #ce9cea28
 def train_stages(
     runs: list[Run],
-    samples: int,  # shapes scenes to draw where these are the data
-    anywhere: float = 0.,  # share of them whose things lie anywhere
+    draw: Callable | None = None,  # writes the data first, where they are drawn scenes
 ):
     "Train stages one after the other, each unless its weights are there, and print the progress."
-    state, drawn = processes(), runs[0].data == 'scenes'
+    state = processes()
     with state.main_process_first():                                             # which downloads what is missing
-        checked, sentences = zip(*(check_perceptual(run, drawn) for run in runs))
+        checked, sentences = zip(*(check_perceptual(run, draw is not None) for run in runs))
     if state.is_main_process:
         print(*filter(None, sentences), sep='\n', end='\n' * any(sentences), flush=True)
-    if drawn:
+    if draw:
         with state.main_process_first():
-            scenes_for(runs[0].out, runs[0].config, samples, anywhere)
-        checked = [replace(run, data=str(Path(run.out) / 'scenes')) for run in checked]
+            draw()
     for run in checked:
         if run.weights.exists():
             print(f'{run.weights} is there, nothing to do', flush=True)

@@ -7,7 +7,7 @@ __all__ = ['MAX_CACHED_VALUES', 'stage_classes', 'weights_file', 'Run', 'vocabul
            'check_perceptual', 'earlier_weights', 'initial_weights', 'Stage', 'TokenizerStage', 'TextStage',
            'flow_objective', 'tempered_sample', 'FlowStage', 'BothStage']
 
-# %% ../../nbs/training/01_tasks.ipynb #83acd616
+# %% ../../nbs/training/01_tasks.ipynb #bf442111
 import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..files import atomic_path
-from ..config import (WORDS, FlowTokConfig, Recipe, check_integer, check_number, every_stage, from_json, guidance_scale_of, preset, presets, recipe,
+from ..config import (FlowTokConfig, Recipe, check_integer, check_number, every_stage, from_json, guidance_scale_of, preset, presets, recipe,
                             stages)
 from ..flow.flow_map import guided_teacher
 from ..flow.path import ShardedRandom, draw
@@ -82,7 +82,7 @@ class Run:
         "Where the token cache of this data lies."
         return Path(self.out) / 'tokens'
 
-# %% ../../nbs/training/01_tasks.ipynb #9ace8a7f
+# %% ../../nbs/training/01_tasks.ipynb #ef562098
 def vocabulary_for(
     data: str | Path,  # as flowtok.data.mixture.find_sources takes it
     *folders: str | Path,  # of trainings that this one goes on with; '' for none
@@ -92,7 +92,8 @@ def vocabulary_for(
         if folder and (Path(folder) / 'config.json').exists():
             return from_json((Path(folder) / 'config.json').read_text(), FlowTokConfig).text.vocabulary
     words = common_words(find_sources(data))
-    return WORDS if set(words) <= set(WORDS) else words
+    embedded = presets['tiny'].text.vocabulary
+    return embedded if set(words) <= set(embedded) else words
 
 # %% ../../nbs/training/01_tasks.ipynb #0ce82f27
 def parse_changes(
@@ -110,7 +111,7 @@ def parse_changes(
             raise ValueError(f"{name} must be of type {types[name].__name__}, got {value!r}.") from None
     return changes
 
-# %% ../../nbs/training/01_tasks.ipynb #33af52c8
+# %% ../../nbs/training/01_tasks.ipynb #db272388
 def plan(
     stage: str,  # one of flowtok.config.every_stage
     scale: str = 'smoke',  # 'smoke', or one of flowtok.config.presets
@@ -142,7 +143,7 @@ def plan(
     config = preset('tiny' if smoke else scale)
     config = replace(config, tokenizer=replace(config.tokenizer, anchored=config.tokenizer.anchored if anchored is None else anchored))
     if words and config.text.encoder == 'words':
-        config = replace(config, text=replace(config.text, vocabulary=tuple(words), vocab_size=len(words) + 2))
+        config = replace(config, text=replace(config.text, vocabulary=tuple(words), vocab_size=len(words) + 2, rewrites=config.text.rewrites if tuple(words) == config.text.vocabulary else ()))
     usual = replace(recipe(config.name, stage, phase), **changes)
     flow = 'text-to-image' if stage == 'both' else stage
     source = (usual if flow == 'text-to-image' else recipe(config.name, 'text-to-image', phase)).source_config

@@ -15,7 +15,7 @@ from PIL import Image
 from flowtok.data import images as data
 from flowtok.data.images import (Skip, captions_of, decode_image, find_shards, image_bytes, read_samples, read_shard, save_animation, show_grid,
                           to_images, to_pixels)
-from flowtok.data.shapes import write_shards
+from flowtok.toy.shapes import write_shards
 
 
 def test_shards_by_every_kind_of_name(folder, tmp_path):

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from flowtok.evaluation import benchmark
-from flowtok.evaluation.benchmark import draw_captions, generate_images, group_of, make_coco, make_mjhq, fid_scores, read_images, summary
+from flowtok.evaluation.benchmark import draw_captions, generate_images, group_of, fid_scores, read_images, summary
+from flowtok.toy.mock import make_coco, make_mjhq
 from flowtok.config import preset
 from flowtok.evaluation.features import find_extractors
 from flowtok.pipeline import FlowTokPipeline

@@ -213,7 +213,7 @@ def test_kernel_distance_agrees_with_torch_fidelity():
 def test_precision_and_recall_agree_with_torch_fidelity():
     "Two Gaussian clouds that overlap in a part; theirs counts strictly inside, ours with the border, which is the same for continuous features."
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
-    from flowtok.evaluation.variety import precision_recall
+    from flowtok.toy.variety import precision_recall
     rng = np.random.default_rng(0)
     generated, true = rng.normal(size=(300, 8)) * .8 + .3, rng.normal(size=(300, 8))
     theirs = prc_features_to_metric(torch.tensor(generated), torch.tensor(true), prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=False, verbose=False)

@@ -3,9 +3,9 @@ import pytest
 import torch
 from readme import root
 
-from flowtok.evaluation.metrics import image_to_text_scores
-from flowtok.evaluation.variety import image_scores, references_of, spread_ratio, variety_prompts
-from flowtok.experiments.records import read_record
+from flowtok.toy.scores import image_to_text_scores
+from flowtok.toy.variety import image_scores, references_of, spread_ratio, variety_prompts
+from flowtok.lab.records import read_record
 from flowtok.pipeline import FlowTokPipeline
 
 N = 200

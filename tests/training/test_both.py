@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from flowtok.config import every_stage, from_json, preset, recipe
 from flowtok.data.images import read_shard
 from flowtok.data.mixture import Source, TokenReader, captions_of
-from flowtok.data.shapes import write_shards
+from flowtok.toy.shapes import write_shards
 from flowtok.flow.path import ShardedRandom
 from flowtok.losses.objective import reverse_terms
 from flowtok.models.flowtok import FlowTok, TwoWayFlowTok, load_weights, save_weights

@@ -27,7 +27,7 @@ from flowtok.flow.path import ShardedRandom
 from flowtok.training.checkpointing import Log, Stopped, checkpoints, newest_state, save_checkpoint, save_state
 from flowtok.models.flowtok import load_weights
 from flowtok.pipeline import FlowTokPipeline
-from flowtok.data.shapes import write_shards
+from flowtok.toy.shapes import write_shards
 from flowtok.training.tasks import Run, parse_changes, plan
 from flowtok.training.optim import Critics, Ema, make_optimizers, learning_rate_factor, train_step
 from flowtok.models.text import TextAutoencoder

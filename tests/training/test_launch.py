@@ -1,7 +1,7 @@
 "What a person sees of a training that a notebook starts."
 import IPython.display
 
-from flowtok.data.shapes import write_shards
+from flowtok.toy.shapes import write_shards
 from flowtok.training.launch import watch
 from flowtok.training.tasks import plan
 

@@ -12,7 +12,7 @@ from flowtok import cli
 from flowtok.config import from_json
 from flowtok.data.convert import read_json, read_rows
 from flowtok.data.mixture import find_sources
-from flowtok.experiments.records import read_record
+from flowtok.lab.records import read_record
 from flowtok.evaluation.features import Reference, fid_interval, read_reference, reference_statistics
 from flowtok.evaluation.metrics import frechet_distance, gaussian_statistics, tokenize_captions
 from flowtok.flow.solver import sample

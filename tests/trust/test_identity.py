@@ -9,7 +9,7 @@ import torch
 from flowtok.config import preset, to_json
 from flowtok.data.images import read_samples
 from flowtok.data.mixture import find_sources
-from flowtok.data.shapes import write_shards
+from flowtok.toy.shapes import write_shards
 from flowtok.data.token_cache import write_token_cache
 from flowtok.files import file_digest
 from flowtok.training.checkpointing import Stopped, checkpoints, merge_config, newest_state, run_identity, save_checkpoint
