@@ -69,7 +69,7 @@ def test_flowtok_from_every_format(flow_state, tmp_path, suffix):
     assert isinstance(model, FlowTok) and not model.training
     for i in (0, 1):
         agree(model.velocity(golden['x'], golden['t'], i), golden[f'velocity_indicator{i}'])
-    posterior = model.project(golden['text'])
+    posterior = model.source(golden['text'])
     agree(posterior.mean, golden['text_mu'])
     agree(posterior.logvar, golden['text_logvar'])
     agree(model.alignment_target(golden['text']), golden['context_projector'])
@@ -104,7 +104,7 @@ def test_pipeline_from_features_to_pixels():
     described = json.loads((goldens / 'pipeline' / 'golden.json').read_text())
     model = load_flowtok(flow_file, **heads)
     tokenizer = load_tokenizer(goldens / 'flowtitok_nano64' / 'FlowTiTok_nano.bin', **token_heads('flowtitok_nano64'))
-    start = model.project(golden['text']).mean
+    start = model.source(golden['text']).mean
     agree(start, golden['start'])
     end = sample(model.velocity, start, num_inference_steps=described['steps'], schedule='released',
                  guidance_scale=described['guidance_scale'])
@@ -410,8 +410,8 @@ def test_three_released_files_make_a_pipeline(released):
     tokens = pipe('a photo of a cat', output_type='tokens', temperature=0.)
     features = pipe.text_encoder(pipe.text_encoder.tokenize('a photo of a cat'))
     flow = load_flowtok(flow_file, **heads)
-    end = sample(flow.velocity, flow.project(features).mean, schedule='released')
-    assert torch.allclose(tokens, end, atol=1e-5) and not torch.allclose(sample(flow.velocity, flow.project(features).mean), end)
+    end = sample(flow.velocity, flow.source(features).mean, schedule='released')
+    assert torch.allclose(tokens, end, atol=1e-5) and not torch.allclose(sample(flow.velocity, flow.source(features).mean), end)
     image = load_tokenizer(released / 'FlowTiTok_512.bin', **token_heads('flowtitok_nano64')).decode(end / 1.0143, features)
     assert torch.allclose(pipe('a photo of a cat', output_type='pt', temperature=0.), image, atol=1e-5)
     with pytest.raises(RuntimeError):

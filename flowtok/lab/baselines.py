@@ -7,7 +7,7 @@ __all__ = ['crossflow', 'KINDS', 'CrossAttention', 'CrossBlock', 'initialize_as_
            'parameters_of', 'build_network', 'match', 'Baseline', 'formats_of', 'step_memory', 'BaselineStage',
            'train_baseline', 'seconds_to']
 
-# %% ../../nbs/lab/05_baselines.ipynb #8a29d8dc
+# %% ../../nbs/lab/05_baselines.ipynb #aae83a3c
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,17 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import FlowConfig, FlowTokConfig, Recipe, SourceConfig, TokenizerConfig, check_heads
-from ..flow.path import ShardedRandom, draw, draw_indicator, interpolate, sample_time, velocity_target
+from ..config import FlowConfig, FlowTokConfig, Recipe, SourceConfig, TextToImageRecipe, TokenizerConfig, check_heads
+from ..flow.path import Rng, draw_indicator, interpolate, sample_time
 from ..flow.solver import sample
-from ..models.layers import DiagonalGaussian, FinalLayer, ModulatedBlock, TimeEmbedding, sinusoid_positions
-from ..models.flowtok import DiT, FlowTok, source_distribution
-from ..losses.objective import ObjectiveConfig, text_to_image_terms
+from ..models.layers import FinalLayer, ModulatedBlock, TimeEmbedding, sinusoid_positions
+from ..flow.source import Source, source_class
+from ..models.flowtok import DiT, FlowTok
+from ..losses.objective import text_to_image_terms
 from ..models.text import AlignmentMLP, TextProjector
-from ..training.optim import Ema, amp_precision, make_optimizers, training_steps
+from ..training.optim import Ema, ShardedRng, amp_precision, make_optimizers, training_steps
 from ..training.tasks import Run
 
-# %% ../../nbs/lab/05_baselines.ipynb #08864ea7
+# %% ../../nbs/lab/05_baselines.ipynb #33aba30e
 class CrossAttention(nn.Module):
     "Cross-attention from image tokens to text tokens."
 
@@ -60,7 +61,7 @@ class CrossBlock(ModulatedBlock):
         self.cross = CrossAttention(width, heads)
 
     def forward(self, x: Tensor, c: Tensor, keys_and_values: Tensor) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(c)).chunk(6, -1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c).chunk(6, -1)
         x = x + gate_a[:, None] * self.attn(self.norm1(x) * (1 + scale_a[:, None]) + shift_a[:, None])
         x = x + self.cross(x, keys_and_values)
         return x + gate_m[:, None] * self.mlp(self.norm2(x) * (1 + scale_m[:, None]) + shift_m[:, None])
@@ -76,7 +77,7 @@ def initialize_as_dit(module: nn.Module):
     for layer in (*(block.modulation for block in module.blocks), module.final.modulation, module.final.linear):
         nn.init.zeros_(layer.weight)
 
-# %% ../../nbs/lab/05_baselines.ipynb #5e1d8436
+# %% ../../nbs/lab/05_baselines.ipynb #30ad793b
 class Conditioned(nn.Module):
     "Text-conditional flow from noise: cross-attention or concatenation."
 
@@ -114,18 +115,18 @@ class Conditioned(nn.Module):
     def move(self, x: Tensor, t: Tensor, read: Tensor | list[Tensor]) -> Tensor:  # (b, k, d), (b,) -> (b, k, d)
         "Velocity given text features of `read`."
         k = x.shape[1]
-        h, c = self.embed(x) + self.positions[:k], self.time(t)
+        h, c = self.embed(x) + self.positions[:k], F.silu(self.time(t))
         if self.kind == 'concat':
             h = torch.cat([h, read + self.positions[k:]], 1)
         for i, block in enumerate(self.blocks):
-            h = block(h, c, read[i]) if self.kind == 'cross' else block(h, c)
-        return self.final(h[:, :k], c)
+            h = block(h, c, read[i]) if self.kind == 'cross' else block(h, block.modulation(c))
+        return self.final(h[:, :k], self.final.modulation(c))
 
     def velocity(self, x: Tensor, t: Tensor, indicator: Tensor, features: Tensor) -> Tensor:
         "Velocity, (b, k, d)."
         return self.move(x, t, self.read(features, indicator))
 
-# %% ../../nbs/lab/05_baselines.ipynb #54ddb0c3
+# %% ../../nbs/lab/05_baselines.ipynb #0c9aa794
 class Source2d(nn.Module):
     "FlowTok with a grid of latents: the text's tokens are spread over its cells."
 
@@ -145,18 +146,18 @@ class Source2d(nn.Module):
         "Text tokens as grid cells; what is left over is cut off."
         return x.flatten(1)[:, :math.prod(self.shape)].unflatten(1, self.shape)
 
-    def project(self, features: Tensor) -> DiagonalGaussian:
-        "The Gaussian that the start is drawn from."
-        source = source_distribution(self.projector(features), self.config.source)
-        return DiagonalGaussian(self.spread(source.mean), self.spread(source.logvar))
+    def source(self, features: Tensor) -> Source:
+        "Distribution that the start is drawn from."
+        learned, config = self.projector(features), self.config.source
+        return source_class(config.kind)(learned.mean, learned.logvar, config).map(self.spread)
 
     def alignment_target(self, features: Tensor) -> Tensor:
         "What the start is compared with in training."
         return self.spread(self.alignment(features))
 
-    def velocity(self, x: Tensor, t: Tensor, indicator: Tensor) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor, cond: dict[str, Tensor] | Tensor) -> Tensor:
         "Velocity of the cells."
-        return self.dit(x, t, indicator)
+        return self.dit(x, t, cond if isinstance(cond, dict) else {'indicator': cond})
 
 
 def grid_config(
@@ -209,35 +210,35 @@ def match(
                          f"{best[0]:.0%} off.")
     return best[1]
 
-# %% ../../nbs/lab/05_baselines.ipynb #f18efeca
+# %% ../../nbs/lab/05_baselines.ipynb #eb68ea0c
 @dataclass
 class Baseline:
     "A baseline: network, objective, sampling."
     kind: str  # one of KINDS
     network: nn.Module
-    objective: ObjectiveConfig  # times, indicator, and for a source KL and alignment
+    recipe: TextToImageRecipe  # times, indicator, and for a source KL and alignment
     temperature: float = 1.  # of the text's noise, for a source
 
     @property
     def weights(self) -> dict[str, float]:
         "The weight of each term."
-        return self.objective.weights if self.kind.startswith('source') else {'flow': 1.}
+        return self.recipe.weights if self.kind.startswith('source') else {'flow': 1.}
 
     def terms(
         self,
         features: Tensor,  # (b, n, c)
         x1: Tensor,  # the image's latents, (b, k, d)
-        share: ShardedRandom,  # of the random numbers
+        rng: Rng,
     ) -> dict[str, Tensor]:
         "The terms of a batch."
-        o = self.objective
+        r = self.recipe
         if self.kind.startswith('source'):
-            return text_to_image_terms(self.network, features, x1, objective=o, generator=share)
-        x0 = draw(torch.randn, x1.shape, share, x1.device)
-        t = sample_time(len(x1), o.time_sampling, p_start=o.p_start, power=o.time_power, generator=share, device=x1.device)
-        indicator = draw_indicator(len(x1), o.indicator_probability, share, x1.device)
+            return text_to_image_terms(self.network, features, x1, r, rng)
+        x0 = rng.like(x1.float())
+        t = sample_time(len(x1), r.time_sampling, p_start=r.p_start, power=r.time_power, rng=rng, device=x1.device)
+        indicator = draw_indicator(rng.rand((len(x1),), x1.device), r.indicator_probability)
         v = self.network.velocity(interpolate(x0, x1, t), t, indicator, features)
-        return {'flow': (v.float() - velocity_target(x0, x1)).square().mean((1, 2))}
+        return {'flow': (v.float() - (x1 - x0)).square().mean((1, 2))}
 
     @torch.no_grad()
     def draw(
@@ -253,8 +254,7 @@ class Baseline:
         noise = torch.randn((len(features), tokens.num_tokens, tokens.token_dim), generator=generator).to(features.device)
         sampling = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, guidance_interval=guidance_interval)
         if self.kind.startswith('source'):
-            start = self.network.project(features)
-            return sample(self.network.velocity, start.mean + self.temperature * start.std * noise, **sampling)
+            return sample(self.network.velocity, self.network.source(features).sample(noise, self.temperature), **sampling)
 
         read = {}                                                                # once with the null text beside, once without
 
@@ -302,7 +302,7 @@ def step_memory(
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}
     return (3 * learned + remembered + sum(storage.nbytes() for place, storage in saved.items() if place not in own)) / 1e6
 
-# %% ../../nbs/lab/05_baselines.ipynb #d5d591f9
+# %% ../../nbs/lab/05_baselines.ipynb #c6141b65
 class BaselineStage(nn.Module):
     "A baseline as the training loop takes it."
     def __init__(self, baseline: Baseline, recipe: Recipe):
@@ -310,8 +310,8 @@ class BaselineStage(nn.Module):
         self.baseline, self.trained, self.weights = baseline, baseline.network, baseline.weights
         self.run = Run('text-to-image', baseline.network.config, recipe, '', '')
 
-    def forward(self, features: Tensor, x1: Tensor, share: ShardedRandom) -> dict[str, Tensor]:
-        return self.baseline.terms(features, x1, share)
+    def forward(self, batch: dict[str, Tensor], rng: Rng) -> dict[str, Tensor]:
+        return self.baseline.terms(batch['features'], batch['tokens'], rng)
 
 
 def train_baseline(
@@ -331,7 +331,8 @@ def train_baseline(
     accelerator = Accelerator(cpu=device.type == 'cpu', mixed_precision=amp_precision(recipe.precision, device))
     optimizers, ema, began = make_optimizers(network, recipe), Ema(network, recipe.ema), clock()
     model, *optimizers = accelerator.prepare(stage, *optimizers, device_placement=[True] + [False] * len(optimizers))
-    for step, _ in training_steps(accelerator, model, stage, optimizers, ema, batches, seed):
+    named = ({'features': features, 'tokens': tokens} for features, tokens in batches)
+    for step, _ in training_steps(accelerator, model, stage, optimizers, ema, named, ShardedRng.of(accelerator, seed)):
         if step in stops:
             stopped = clock()
             with ema.applied():

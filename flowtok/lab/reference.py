@@ -6,19 +6,20 @@
 __all__ = ['plain_linear', 'plain_attention', 'turned', 'plain_velocity', 'plain_decode', 'plain_generate', 'relative',
            'make_noise', 'plain_training']
 
-# %% ../../nbs/lab/07_reference.ipynb #18c93d00
+# %% ../../nbs/lab/07_reference.ipynb #1d2f94e8
 from collections.abc import Callable
+from itertools import count
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..flow.path import ShardedRandom
 from ..flow.solver import guide
 from ..models.layers import timestep_features
 from ..models.flowtok import DiT
 from ..losses.objective import total
 from ..pipeline import FlowTokPipeline
+from ..training.optim import ShardedRng
 from ..training.tasks import Stage
 from ..models.tokenizer import ImageTokenizer, join_patches
 
@@ -56,7 +57,7 @@ def plain_velocity(dit: DiT, x: Tensor, t: Tensor, indicator: Tensor) -> Tensor:
     shift, scale = plain_linear(dit.final.modulation, c)[:, None].chunk(2, -1)
     return plain_linear(dit.final.linear, dit.final.norm(h) * (1 + scale) + shift)
 
-# %% ../../nbs/lab/07_reference.ipynb #c65fd3e1
+# %% ../../nbs/lab/07_reference.ipynb #ac637af8
 def plain_decode(tokenizer: ImageTokenizer, tokens: Tensor, features: Tensor) -> Tensor:
     "The decoder with rotary positions, layer by layer."
     decoder, side = tokenizer.decoder, tokenizer.config.image_size // tokenizer.config.patch_size
@@ -84,8 +85,7 @@ def plain_generate(
     "Generate images, reference implementation."
     model, defaults = pipe.text_to_image, pipe.config.sampling
     features = pipe.text_encoder(pipe.text_encoder.tokenize(prompts).to(pipe.device))
-    start = model.project(features)
-    x = start.mean + defaults.temperature * start.std * noise.to(pipe.device)
+    x = model.source(features).sample(noise.to(pipe.device), defaults.temperature)
     zeros = torch.zeros(len(x), dtype=torch.long, device=x.device)
     for i in range(steps):
         t = torch.full((len(x),), i / steps, device=x.device)
@@ -107,18 +107,21 @@ def make_noise(pipe: FlowTokPipeline, n: int, seed: int = 0) -> tuple[Tensor, li
     generators = [[torch.Generator().manual_seed(seed + i) for i in range(n)] for _ in range(2)]
     return torch.stack([torch.randn(shape, generator=g) for g in generators[0]]), generators[1]
 
-# %% ../../nbs/lab/07_reference.ipynb #dd1b7f25
+# %% ../../nbs/lab/07_reference.ipynb #6cefdd05
 def plain_training(
     stage: Stage,  # that learns
-    batch: tuple[Tensor, Tensor],  # as the stage takes it, always the same
-) -> Callable:  # ShardedRandom -> loss
+    batch: dict[str, Tensor],  # as the stage takes it, always the same
+) -> Callable:  # () -> loss
     "Training step, reference implementation."
     r, learned = stage.run.recipe, [p for p in stage.trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=r.learning_rate, betas=r.betas, weight_decay=r.weight_decay)
     mean = [p.detach().clone() for p in learned]
 
-    def step(share: ShardedRandom) -> Tensor:
-        loss = total(stage(*batch, share), stage.weights)
+    rng, steps = ShardedRng(torch.Generator(next(stage.parameters()).device)), count(1)
+
+    def step() -> Tensor:
+        rng.step(next(steps))
+        loss = total(stage(batch, rng), stage.weights)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

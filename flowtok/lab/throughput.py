@@ -7,7 +7,7 @@ __all__ = ['Comparison', 'make_pipeline', 'some_prompts', 'generate_fixed', 'com
            'whole_image', 'BenchFlowStage', 'make_stage', 'make_batch', 'our_training', 'compare_training',
            'training_rows', 'muon_rows', 'break_even', 'compile_row', 'run_benchmark', 'speed_record', 'benchmark']
 
-# %% ../../nbs/lab/08_throughput.ipynb #56aacd62
+# %% ../../nbs/lab/08_throughput.ipynb #24f4bce0
 import copy
 import gc
 import math
@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,8 +27,7 @@ from torch import Tensor, nn
 
 from ..config import FlowTokConfig, preset, recipe, stages
 from .roofline import evaluations, floor, image_operations, measure_ceilings, peak_memory, time_interleaved, seconds, stage_costs, training_operations
-from ..flow.path import ShardedRandom
-from ..models.fast import CachedVelocity, align_swiglu, fuse_gelu
+from ..models.fast import align_swiglu, cache_modulation, fuse_gelu
 from ..models.flowtok import FlowTok
 from ..pipeline import PRECISIONS, FlowTokPipeline
 from .reference import make_noise, plain_generate, plain_training, relative
@@ -35,7 +35,7 @@ from .paper import SOURCES, TABLE_2
 from .records import RunRecord, record, write_record, write_table
 from ..training.tasks import FlowStage, Run, Stage, stage_classes
 from ..models.tokenizer import ImageTokenizer
-from ..training.optim import Ema, Muon, cpu_has_bf16, make_optimizers, train_step
+from ..training.optim import Ema, Muon, ShardedRng, cpu_has_bf16, make_optimizers, training_steps
 
 # %% ../../nbs/lab/08_throughput.ipynb #1d33308e
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def compare_sampling(
     times = time_interleaved(calls, pipe.device, repeats, warm_up=0)
     return Comparison(times, {name: relative(outputs[name], outputs['straightforward fp32']) for name in pipes}, memory)
 
-# %% ../../nbs/lab/08_throughput.ipynb #bc353910
+# %% ../../nbs/lab/08_throughput.ipynb #9289ca4e
 def trick_rows(
     pipe: FlowTokPipeline,  # plain
     batch_size: int,
@@ -127,7 +127,7 @@ def trick_rows(
     for part in ('tokenizer', 'text_to_image', 'text_encoder'):
         fuse_gelu(getattr(fused, part))
         align_swiglu(getattr(aligned, part))
-    cached.velocities = {'text-to-image': CachedVelocity(cached.text_to_image)}
+    cache_modulation(cached.text_to_image.dit)
     versions = {'plain': plain, 'fused GELU': fused, 'aligned SwiGLU': aligned, 'cached modulation': cached,
                 'optimize()': copy.deepcopy(pipe).optimize(precision)}
     outputs = {}
@@ -137,7 +137,7 @@ def trick_rows(
              'gain (%)': 100 * (times['plain'] / took - 1), 'relative difference': f'{relative(outputs[name], outputs["plain"]):.0e}'}
             for name, took in times.items()]
 
-# %% ../../nbs/lab/08_throughput.ipynb #0eba20fe
+# %% ../../nbs/lab/08_throughput.ipynb #f1af2fb3
 @torch.no_grad()
 def stage_rows(
     pipe: FlowTokPipeline,
@@ -151,9 +151,9 @@ def stage_rows(
     k, d = pipe.config.tokenizer.num_tokens, pipe.config.tokenizer.token_dim
     ids = pipe.text_encoder.tokenize(some_prompts(pipe.config, batch_size)).to(pipe.device)
     features, x = pipe.text_encoder(ids), torch.randn(batch_size, k, d, device=pipe.device)
-    velocity, t = CachedVelocity(pipe.text_to_image), torch.tensor(.5)
-    calls = {'text tower': lambda: pipe.text_encoder(ids), 'projector': lambda: pipe.text_to_image.project(features),
-             'velocity': lambda: velocity.cfg(x, t, 2.), 'decoder': lambda: pipe.tokenizer.decode(x, features)}
+    flow, t, cond = pipe.text_to_image, torch.tensor(.5), {'indicator': torch.zeros(1, dtype=torch.long)}
+    calls = {'text tower': lambda: pipe.text_encoder(ids), 'projector': lambda: flow.source(features),
+             'velocity': lambda: flow.guided(x, t, 2., cond), 'decoder': lambda: pipe.tokenizer.decode(x, features)}
     times, costs, often, rows = time_interleaved(calls, pipe.device, repeats), stage_costs(pipe.config), evaluations(steps), []
     for stage, seconds_each in times.items():
         kind = precision if stage in ('velocity', 'decoder') else 'fp32'
@@ -178,7 +178,7 @@ def whole_image(
             'spread, ms': f'{1e3 * min(times):.4g} to {1e3 * max(times):.4g}',
             'share of ceiling': over(lambda row: row['measured, ms'] * row['share of ceiling']) / took}
 
-# %% ../../nbs/lab/08_throughput.ipynb #f56af27c
+# %% ../../nbs/lab/08_throughput.ipynb #cfb8754c
 class BenchFlowStage(FlowStage):
     "A flow without a data set: random weights for what earlier stages leave."
     def earlier(self, module: nn.Module, stage: str) -> nn.Module:
@@ -193,7 +193,7 @@ def make_stage(
 ) -> Stage:
     "A stage of training that needs no files, with random weights."
     r = replace(recipe('tiny' if config.name == 'tiny' else 'b', stage), optimizer='adamw', precision=precision,
-                perceptual_weight=0., gan_weight=0., text_drop=0.)
+                **(dict(perceptual_weight=0., gan_weight=0., text_drop=0.) if stage == 'tokenizer' else {}))
     kind, flow = stage_classes[stage], stage in stages[2:]
     if flow:
         kind, config = BenchFlowStage, replace(config, tokenizer=replace(config.tokenizer, encoder_depth=1, decoder_depth=1))
@@ -201,19 +201,20 @@ def make_stage(
     return kind(Run(stage, config, r, '', '')).to(device).train()
 
 
-def make_batch(stage: Stage, n: int) -> tuple[Tensor, Tensor]:  # images, nothing or moments; ids
+def make_batch(stage: Stage, n: int) -> dict[str, Tensor]:
     "Samples as a stage takes them, of random numbers and fixed captions."
     tokens, ids = stage.run.config.tokenizer, stage.text_encoder.tokenize(some_prompts(stage.run.config, n))
-    shape = {'tokenizer': (3, tokens.image_size, tokens.image_size), 'text': ()}.get(stage.run.stage, (tokens.num_tokens, 2 * tokens.token_dim))
+    shapes = {'tokenizer': {'images': (3, tokens.image_size, tokens.image_size)}, 'text': {}}
+    arrays = shapes.get(stage.run.stage, {'moments': (tokens.num_tokens, 2 * tokens.token_dim)})
     device = next(stage.parameters()).device
-    return torch.rand(n, *shape, device=device), ids.to(device)
+    return {'ids': ids.to(device)} | {name: torch.rand(n, *shape, device=device) for name, shape in arrays.items()}
 
-# %% ../../nbs/lab/08_throughput.ipynb #10568bc6
+# %% ../../nbs/lab/08_throughput.ipynb #7c9fe83d
 def our_training(
     stage: Stage,  # that learns
-    batch: tuple[Tensor, Tensor],  # of `make_batch`
+    batch: dict[str, Tensor],  # of `make_batch`
     precision: str,
-) -> Callable:  # ShardedRandom -> loss
+) -> Callable:  # () -> loss
     "A step of the training loop."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -224,14 +225,10 @@ def our_training(
     accelerator = Accelerator(cpu=cpu, mixed_precision='no' if precision == 'fp32' else precision)
     optimizers, ema = make_optimizers(stage.trained, stage.run.recipe), Ema(stage.trained, stage.run.recipe.ema)
     model, *optimizers = accelerator.prepare(stage, *optimizers, device_placement=[True] + [False] * len(optimizers))
+    steps = training_steps(accelerator, model, stage, optimizers, ema, repeat(batch), ShardedRng.of(accelerator))
+    return lambda: next(steps)[1]['loss']
 
-    def step(share: ShardedRandom) -> Tensor:
-        terms = train_step(accelerator, model, stage, optimizers, batch, share)
-        ema.update(0)
-        return terms['loss']
-    return step
-
-# %% ../../nbs/lab/08_throughput.ipynb #9f2394ca
+# %% ../../nbs/lab/08_throughput.ipynb #9000d871
 def compare_training(
     config: FlowTokConfig,
     stage: str,  # one of flowtok.config.stages
@@ -245,12 +242,8 @@ def compare_training(
     def measure(make, *precision):
         learner = make_stage(config, stage, precision[0] if precision else 'fp32', device)
         step = make(learner, make_batch(learner, batch_size), *precision)
-
-        def call():
-            torch.manual_seed(0)
-            return step(ShardedRandom(torch.Generator(device).manual_seed(0)))
-        loss = call().item()                                                     # also warms up
-        return loss, peak_memory(call, device), time_interleaved({'': call}, device, repeats, warm_up=0)['']
+        loss = step().item()                                                     # also warms up
+        return loss, peak_memory(step, device), time_interleaved({'': step}, device, repeats, warm_up=0)['']
     from accelerate.state import AcceleratorState
     versions = {'plain loop fp32': (plain_training,)} | {f'training loop {kind}': (our_training, kind) for kind in precisions}
     results = {}

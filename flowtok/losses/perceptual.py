@@ -7,7 +7,7 @@ __all__ = ['perceptual_files', 'perceptual_networks', 'Blur', 'PatchDiscriminato
            'ConvNeXtLogits', 'find_file', 'download_file', 'read_weights', 'load_lpips', 'load_convnext',
            'locate_perceptual', 'find_perceptual', 'mean_over_processes', 'Adversary', 'TokenizerCritics']
 
-# %% ../../nbs/losses/02_perceptual.ipynb #9f2c00f8
+# %% ../../nbs/losses/02_perceptual.ipynb #996047c0
 import math
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ..files import reachable
-from .objective import (TokenizerObjectiveConfig, gan_factor, hinge_discriminator_loss, hinge_generator_loss,
+from ..config import TokenizerRecipe
+from .objective import (gan_factor, hinge_discriminator_loss, hinge_generator_loss,
                                lecam_loss, moving_average, perceptual_loss)
 
 # %% ../../nbs/losses/02_perceptual.ipynb #080e979d
@@ -309,27 +310,27 @@ class Adversary(nn.Module):
             average.copy_(torch.where(mean.isfinite(), moving_average(average, mean), average))
         return terms | {'real_logit': means[0].detach(), 'fake_logit': means[1].detach()}
 
-# %% ../../nbs/losses/02_perceptual.ipynb #60b5de70
+# %% ../../nbs/losses/02_perceptual.ipynb #c399b995
 class TokenizerCritics(nn.Module):
     "Perceptual networks and discriminator of the tokenizer."
     def __init__(
         self,
-        objective: TokenizerObjectiveConfig,  # weights, and the first step of the discriminator
+        recipe: TokenizerRecipe,  # weights, and the first step of the discriminator
         perceptual: dict[str, nn.Module] | None = None,  # networks by name, as `find_perceptual` gives them
         width: int = 128,  # of the discriminator
         depth: int = 3,  # of the discriminator
     ):
         super().__init__()
-        self.objective, at_hand = objective, perceptual or {}
-        self.perceptual = nn.ModuleDict({n: at_hand[n] for n in objective.perceptual_networks if n in at_hand})
-        self.adversary = Adversary(width, depth) if objective.gan_weight else None
-        self.weights = {'perceptual': objective.perceptual_weight if self.perceptual else 0.,
-                        'adversarial': objective.gan_weight}                     # for `total`
-        self.adversary_weights = {'discriminator': 1., 'lecam': objective.lecam_weight}
+        self.recipe, at_hand = recipe, perceptual or {}
+        self.perceptual = nn.ModuleDict({n: at_hand[n] for n in recipe.perceptual_networks if n in at_hand})
+        self.adversary = Adversary(width, depth) if recipe.gan_weight else None
+        self.weights = {'perceptual': recipe.perceptual_weight if self.perceptual else 0.,
+                        'adversarial': recipe.gan_weight}                     # for `total`
+        self.adversary_weights = {'discriminator': 1., 'lecam': recipe.lecam_weight}
 
     def active(self, step: int) -> bool:
         "Whether the discriminator takes part in this step, counted from 0."
-        return self.adversary is not None and gan_factor(step, self.objective.gan_start) > 0
+        return self.adversary is not None and gan_factor(step, self.recipe.gan_start) > 0
 
     def generator_terms(
         self,
@@ -341,7 +342,7 @@ class TokenizerCritics(nn.Module):
         with torch.autocast(decoded.device.type, enabled=False):
             terms = {name: net(decoded.float(), images.float()) for name, net in self.perceptual.items()}
         if terms:
-            terms['perceptual'] = perceptual_loss(terms, self.objective.convnext_share)
+            terms['perceptual'] = perceptual_loss(terms, self.recipe.convnext_share)
         if self.adversary is not None:
-            terms['adversarial'] = self.adversary.generator_term(decoded) if self.active(step) else                 torch.zeros((), device=decoded.device)
+            terms['adversarial'] = self.adversary.generator_term(decoded) if self.active(step) else torch.zeros((), device=decoded.device)
         return terms

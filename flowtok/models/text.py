@@ -9,7 +9,7 @@ __all__ = ['clip_name', 'open_clip_names', 'tell_truncation', 'checked_captions'
            'text_encoder', 'OutsideEpsilonNorm', 'ProjectorLayer', 'TextProjector', 'AlignmentMLP', 'TextDecoder',
            'TextAutoencoder']
 
-# %% ../../nbs/models/03_text.ipynb #16bc9ff7
+# %% ../../nbs/models/03_text.ipynb #c91af4b4
 import copy
 import difflib
 import re
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from ..config import FlowTokConfig, TextConfig
 from ..files import reachable
-from .layers import Block, DiagonalGaussian, check_finite, float32_default
+from .layers import Block, check_finite, float32_default
+from ..flow.source import DiagonalGaussian
 
 # %% ../../nbs/models/03_text.ipynb #f612847c
 @cache  # once per process

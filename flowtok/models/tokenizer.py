@@ -7,7 +7,7 @@ __all__ = ['cut_patches', 'join_patches', 'token_parameter', 'GridPositions', 'a
            'Encoder', 'Decoder', 'init_anchored', 'init_weights', 'TokenScale', 'check_array', 'check_sizes',
            'ImageTokenizer']
 
-# %% ../../nbs/models/02_tokenizer.ipynb #d2a9538a
+# %% ../../nbs/models/02_tokenizer.ipynb #b061fab1
 import math
 from functools import partial
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import FlowTokConfig, TokenizerConfig
-from .layers import Block, DiagonalGaussian, RotaryTables, grid_coordinates
+from .layers import Block, RotaryTables, grid_coordinates
+from ..flow.source import DiagonalGaussian
 
 # %% ../../nbs/models/02_tokenizer.ipynb #6d397dc5
 def cut_patches(

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DRAWING', 'STOP_SIGNALS', 'MAX_SOURCE_SNR', 'MAX_SOURCE_COSINE', 'COLLAPSE_STEP', 'save_state', 'checkpoints',
-           'newest_state', 'set_aside', 'all_gather_object', 'training_state', 'restore', 'save_checkpoint',
-           'run_identity', 'check_identity', 'other_stages', 'merge_config', 'check_folder', 'Stopped', 'GracefulStop',
-           'Log', 'loggable_values', 'collapse_warning', 'show_progress', 'progress_line']
+           'newest_state', 'set_aside', 'all_gather_object', 'named_state', 'load_named_state', 'training_state',
+           'restore', 'save_checkpoint', 'run_identity', 'check_identity', 'other_stages', 'merge_config',
+           'check_folder', 'Stopped', 'GracefulStop', 'Log', 'loggable_values', 'collapse_warning', 'show_progress',
+           'progress_line']
 
 # %% ../../nbs/training/03_checkpointing.ipynb #15de61ee
 import hashlib
@@ -76,7 +77,7 @@ def set_aside(run: Run):
             if path.exists():
                 path.rename(path.with_name(f'{path.name}-before-{when}'))
 
-# %% ../../nbs/training/03_checkpointing.ipynb #a3613d3f
+# %% ../../nbs/training/03_checkpointing.ipynb #8bbc63db
 def all_gather_object(value) -> list:  # the values of all processes, in order
     "torch.distributed.all_gather_object, also for one process."
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -86,26 +87,49 @@ def all_gather_object(value) -> list:  # the values of all processes, in order
     return values
 
 
+def named_state(optimizer, names: dict[Tensor, str]) -> dict:  # parameter's name -> its state; 'groups': rates and the like
+    "State of an optimiser by the names of its parameters."
+    inner = getattr(optimizer, 'optimizer', optimizer)
+    if hasattr(inner, 'consolidate_state_dict'):
+        inner.consolidate_state_dict()
+        if dist.get_rank():
+            return {}
+    order, state = [names[p] for group in inner.param_groups for p in group['params']], inner.state_dict()
+    groups = [{name: value for name, value in group.items() if name != 'params'} for group in state['param_groups']]
+    return {'groups': groups, 'state': {order[i]: values for i, values in state['state'].items()}}
+
+
+def load_named_state(optimizer, saved: dict, names: dict[Tensor, str]):
+    "Restore an optimiser; a checkpoint of an older version has its state by position."
+    inner = getattr(optimizer, 'optimizer', optimizer)
+    if 'groups' in saved:
+        place = {names[p]: i for i, p in enumerate(p for group in inner.param_groups for p in group['params'])}
+        groups = [values | {'params': [place[names[p]] for p in group['params']]} for group, values in zip(inner.param_groups, saved['groups'])]
+        saved = {'state': {place[name]: values for name, values in saved['state'].items()}, 'param_groups': groups}
+    inner.load_state_dict(saved)
+
+
 def training_state(stage: Stage, ema: Ema, optimizers, critics, batches, accelerator, step: int) -> dict:
     "State of a checkpoint, gathered from all processes; empty in all but the first."
-    for optimizer in optimizers:                                           # accelerate's, around the real one
-        if hasattr(optimizer.optimizer, 'consolidate_state_dict'):
-            optimizer.optimizer.consolidate_state_dict()
+    names = {p: name for name, p in stage.trained.named_parameters()}
+    states = [named_state(optimizer, names) for optimizer in optimizers]
     position = {stream: at for part in all_gather_object(batches.position) for stream, at in part.items()}
     if not accelerator.is_main_process:
         return {}
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-    return {'step': step, 'weights': stage.trained.state_dict(), 'mean': ema.mean, 'position': position,
-            'scaler': scaler, 'critics': critics.state() if critics else {}, 'optimizers': [optimizer.state_dict() for optimizer in optimizers]}
+    return {'step': step, 'weights': stage.trained.state_dict(), 'mean': dict(zip(ema.names, ema.mean)), 'position': position,
+            'scaler': scaler, 'critics': critics.state() if critics else {}, 'optimizers': states}
 
 
 def restore(state: dict, stage: Stage, ema: Ema, optimizers):
     "Restore a checkpoint."
     stage.trained.load_state_dict(state['weights'])
-    for mean, saved in zip(ema.mean, state['mean']):
-        mean.copy_(saved)
+    means = state['mean'] if isinstance(state['mean'], dict) else dict(zip(ema.names, state['mean']))    # older: by position
+    for name, mean in zip(ema.names, ema.mean):
+        mean.copy_(means[name])
+    names = {p: name for name, p in stage.trained.named_parameters()}
     for optimizer, saved in zip(optimizers, state['optimizers']):
-        optimizer.load_state_dict(saved)
+        load_named_state(optimizer, saved, names)
 
 
 def save_checkpoint(
@@ -117,7 +141,7 @@ def save_checkpoint(
     for path in [path for path in checkpoints(run) if path.stem <= f"{state['step']:08d}"][:-run.keep]:
         path.unlink()
 
-# %% ../../nbs/training/03_checkpointing.ipynb #a8eef045
+# %% ../../nbs/training/03_checkpointing.ipynb #e6af8a3f
 def run_identity(run: Run) -> dict:  # name of a value -> value, as JSON has them
     "All that decides the result of a run."
     def flat(values: dict, prefix: str) -> dict:
@@ -139,7 +163,9 @@ def check_identity(
     earlier: dict | None,  # of the checkpoint; None where an older version wrote it
 ) -> list[str]:  # what differs, where resume='changed' allows it
     "Raise ValueError where a checkpoint is that of another run, naming what differs."
-    changed = [f'{name} {earlier.get(name)!r} -> {identity.get(name)!r}' for name in sorted({*identity, *(earlier or identity)})
+    older = {name for name in earlier or () if name not in identity and name.startswith('recipe.')}              # one recipe for all stages once
+    newer = {name for name in identity if name not in (earlier or identity) and name in ('recipe.margin', 'config.text.rewrites')}
+    changed = [f'{name} {earlier.get(name)!r} -> {identity.get(name)!r}' for name in sorted({*identity, *(earlier or identity)} - older - newer)
                if earlier is not None and identity.get(name) != earlier.get(name)]
     if changed and run.resume != 'changed':
         raise ValueError(f"The checkpoints in {run.folder} are those of another run: {'; '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}. Choose another "
@@ -276,30 +302,28 @@ def collapse_warning(
     return (f"The noise of the source is {100 / snr:.1f}% of its means at step {line.get('step', 0)}, below {100 / MAX_SOURCE_SNR:g}%: the model will draw one "
             "image for each caption, the mean of all. Raise kl_weight, or use source=fixed with a source_std and a mean_scale.")
 
-# %% ../../nbs/training/03_checkpointing.ipynb #23b45bec
+# %% ../../nbs/training/03_checkpointing.ipynb #65e0c536
 @torch.no_grad()
 def show_progress(
     stage: Stage,
     ema: Ema,
-    batch: tuple[Tensor, Tensor],  # a few samples, always the same
+    batch: dict[str, Tensor],  # a few samples, always the same
     step: int,
     log: Log,
 ):
     "Draw samples with the averaged weights: images to files, captions to the log."
-    ids = batch[1] if batch[1].dim() == 2 else batch[1][:, 0]                    # of two captions any one
-    folder, prompts = stage.run.folder / 'samples', stage.text_encoder.decode_ids(ids.cpu())
+    folder, prompts = stage.run.folder / 'samples', stage.text_encoder.decode_ids(batch['ids'].cpu())
     folder.mkdir(exist_ok=True)
     stage.eval()
     with ema.applied(), torch.random.fork_rng():
         torch.manual_seed(0)
-        images = stage.pictures(*batch) if hasattr(stage, 'pictures') else None
-        captions = stage.captions(*batch) if hasattr(stage, 'captions') else None
+        samples = stage.samples(batch)
     stage.train()
-    if images is not None:
+    if 'images' in samples:
         with atomic_path(folder / f'{step:07d}.png') as part:
-            show_grid(images, prompts).save(part, 'png')
-    if captions is not None:
-        log.write(step=step, captions=captions, prompts=prompts)
+            show_grid(samples['images'], prompts).save(part, 'png')
+    if 'captions' in samples:
+        log.write(step=step, captions=samples['captions'], prompts=prompts)
 
 # %% ../../nbs/training/03_checkpointing.ipynb #441bc502
 def progress_line(

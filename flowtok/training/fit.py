@@ -6,7 +6,7 @@
 __all__ = ['MAX_NONFINITE_STEPS', 'Batches', 'setup', 'finish', 'Report', 'fit', 'train', 'cache_tokens', 'processes', 'prepare',
            'train_stages', 'exit_with', 'stop_at_end_of_input', 'main']
 
-# %% ../../nbs/training/04_fit.ipynb #b790d1d2
+# %% ../../nbs/training/04_fit.ipynb #952fc556
 import hashlib
 import math
 import os
@@ -28,22 +28,22 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch
 
 from ..data.token_cache import check_cache, holds_tokens, write_token_cache
-from ..config import every_stage, from_json, to_json
+from ..config import every_stage, to_json
 from ..files import lock_folder, write_atomically
 from ..data.images import to_images
 from .checkpointing import (Log, GracefulStop, Stopped, all_gather_object, check_folder, check_identity, checkpoints, merge_config, newest_state, progress_line, restore, run_identity,
                              save_checkpoint, set_aside, show_progress, collapse_warning, loggable_values, training_state)
 from ..models.fast import align_swiglu
 from ..models.flowtok import load_weights, save_weights
-from .tasks import Run, Stage, check_perceptual, earlier_weights, stage_classes
-from .optim import Critics, Ema, amp_precision, learning_rate_factor, make_optimizers, training_steps
+from .tasks import Run, Stage, check_perceptual, earlier_weights, read_run, stage_classes
+from .optim import Critics, Ema, ShardedRng, amp_precision, learning_rate_factor, make_optimizers, training_steps
 from ..data.mixture import find_sources
 from ..data.loader import open_batches
 from ..models.tokenizer import ImageTokenizer
 
-# %% ../../nbs/training/04_fit.ipynb #38a7e3d7
+# %% ../../nbs/training/04_fit.ipynb #3701bed1
 class Batches:
-    "Endless batches of one process, on its device: images or moments, and ids."
+    "Endless batches of one process, on its device, as `Stage.batch` makes them."
 
     def __init__(
         self,
@@ -64,10 +64,10 @@ class Batches:
 
     def __iter__(self): return self
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        first, captions = next(self.stream)
-        first = torch.as_tensor(first).to(self.device, non_blocking=True)
-        return self.stage.first(first), self.stage.tokenize(captions).to(self.device, non_blocking=True)
+    def __next__(self) -> dict[str, Tensor]:
+        arrays, records = next(self.stream)
+        batch = self.stage.batch(torch.as_tensor(arrays).to(self.device, non_blocking=True), records)
+        return {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
 
     @property
     def position(self) -> dict: return self.stream.position
@@ -75,7 +75,7 @@ class Batches:
     @property
     def counts(self) -> Counter: return self.stream.counts
 
-# %% ../../nbs/training/04_fit.ipynb #24506507
+# %% ../../nbs/training/04_fit.ipynb #3d3b194e
 def setup(run: Run):  # accelerator, stage
     "Build accelerator and stage; the same initial weights in every process."
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -99,8 +99,8 @@ def setup(run: Run):  # accelerator, stage
         accelerator.init_trackers('tensorboard')
     torch.manual_seed(run.seed)
     stage = stage_classes[run.stage](run)
-    if run.init and not run.recipe.flow_map:                                     # which started when it was built
-        stage.start_from(run.init)
+    if run.init:
+        stage.start()
     if accelerator.device.type == 'cuda':
         align_swiglu(stage)
     if run.compile:
@@ -111,15 +111,15 @@ def setup(run: Run):  # accelerator, stage
     stage.to(accelerator.device).train()
     return accelerator, stage
 
-# %% ../../nbs/training/04_fit.ipynb #edde91f5
+# %% ../../nbs/training/04_fit.ipynb #2a6214ff
 @torch.no_grad()
 def finish(run: Run, stage: Stage, ema: Ema, device: torch.device):
     "Save averaged weights and config, remove the checkpoints."
     stage.eval()
     with ema.applied():
-        if run.stage == 'tokenizer' and run.recipe.whiten:
+        if getattr(run.recipe, 'whiten', False):
             fresh = Batches(run, stage, device, batch_size=16)
-            stage.trained.measure_tokens(torch.cat([stage.trained.encode(next(fresh)[0]).mean for _ in range(125)]))
+            stage.trained.measure_tokens(torch.cat([stage.trained.encode(next(fresh)['images']).mean for _ in range(125)]))
         write_atomically(Path(run.out) / 'config.json', to_json(merge_config(run)) + '\n')
         save_weights(stage.trained, run.weights, stage=run.stage)
     for path in checkpoints(run):
@@ -166,12 +166,12 @@ class Report:
                 self.log.add(loggable_values(losses))
         self.pending = []
 
-# %% ../../nbs/training/04_fit.ipynb #dd9d4d8e
+# %% ../../nbs/training/04_fit.ipynb #b697017e
 @patch
 def __call__(
     self: Report,
     step: int,  # from 1
-    losses: dict[str, Tensor],  # of `train_step`
+    losses: dict[str, Tensor],  # of `training_steps`
     rate: float,  # share of the highest learning rate
 ):
     "Take in the losses of a step; write a line and draw samples where they are due."
@@ -189,7 +189,7 @@ def __call__(
     if self.log and (step % run.sample_every == 0 or last):
         show_progress(self.stage, self.ema, self.samples, step, self.log)
 
-# %% ../../nbs/training/04_fit.ipynb #199a906e
+# %% ../../nbs/training/04_fit.ipynb #290549b4
 def fit(
     run: Run,
     stop: GracefulStop,
@@ -210,7 +210,7 @@ def fit(
     if start:
         restore(state, stage, ema, optimizers)
     model, *optimizers = accelerator.prepare(stage, *optimizers, device_placement=[True] + [False] * len(optimizers))
-    critics = Critics(run, stage, accelerator, state.get('critics'), start) if getattr(stage, 'critical', False) else None
+    critics = Critics(run, accelerator, state.get('critics'), start) if getattr(stage, 'critical', False) else None
     if accelerator.scaler is not None and state.get('scaler'):
         accelerator.scaler.load_state_dict(state['scaler'])
     batches = Batches(run, stage, device, accelerator.process_index, accelerator.num_processes, position=state['position'], workers=run.workers)
@@ -222,7 +222,7 @@ def fit(
     group = dist.new_group(backend='gloo') if accelerator.num_processes > 1 else None
     del state                                                                    # as large as the model
     signal = 0
-    for step, losses in training_steps(accelerator, model, stage, optimizers, ema, batches, run.seed, start, critics):
+    for step, losses in training_steps(accelerator, model, stage, optimizers, ema, batches, ShardedRng.of(accelerator, run.seed), start, critics):
         report(step, losses, learning_rate_factor(step - 1, recipe))
         last, signal = step == recipe.steps, stop.seen(group)
         if not last and (signal or step % run.save_every == 0):
@@ -326,7 +326,7 @@ def train_stages(
         prepare(run)
         train(run, tell)
 
-# %% ../../nbs/training/04_fit.ipynb #9ad32ee5
+# %% ../../nbs/training/04_fit.ipynb #bedc8369
 def exit_with(work: Callable):
     "Call a function and end the process: status 1 and one line for bad input, the signal's number where it was stopped."
     code = 0
@@ -355,7 +355,7 @@ def main():
         threading.Thread(target=stop_at_end_of_input, daemon=True).start()
 
     def work():
-        run = from_json(Path(sys.argv[1]).read_text(), Run)
+        run = read_run(Path(sys.argv[1]).read_text())
         prepare(run)
         train(run)
     exit_with(work)

@@ -5,12 +5,12 @@ from itertools import repeat
 import pytest
 import torch
 
-from flowtok.training import baselines as baselines
+from flowtok.lab import baselines
 from flowtok.config import preset, recipe
-from flowtok.flow.path import ShardedRandom
+from flowtok.flow.path import Rng
 from flowtok.flow.solver import sample
 from flowtok.models.flowtok import FlowTok
-from flowtok.losses.objective import ObjectiveConfig, text_to_image_terms
+from flowtok.losses.objective import text_to_image_terms
 from flowtok.training.optim import cpu_has_bf16
 from flowtok.models.tokenizer import ImageTokenizer
 
@@ -18,12 +18,12 @@ tiny = preset('tiny')
 configs = {kind: baselines.grid_config(tiny) if kind == 'source 2d' else tiny for kind in baselines.KINDS}
 
 
-def share(seed=0): return ShardedRandom(torch.Generator().manual_seed(seed))
+def share(seed=0): return Rng(torch.Generator().manual_seed(seed))
 
 
-def made(kind, seed=0, **objective):
+def made(kind, seed=0, **changes):
     torch.manual_seed(seed)
-    baseline = baselines.Baseline(kind, baselines.build_network(configs[kind], kind), ObjectiveConfig(time_sampling='uniform', **objective))
+    baseline = baselines.Baseline(kind, baselines.build_network(configs[kind], kind), replace(recipe('xl', 'text-to-image'), time_sampling='uniform', **changes))
     for p in baseline.network.parameters():                                          # leave the zeros of the beginning
         p.data += 0.02 * torch.randn(p.shape)
     baseline.network.eval()
@@ -79,7 +79,7 @@ def test_samples_do_not_hear_each_other(kind):
 def test_the_source_trains_with_flowtoks_own_terms():
     baseline, (features, x1) = made('source'), batch('source')
     ours = baseline.terms(features, x1, share())
-    theirs = text_to_image_terms(baseline.network, features, x1, objective=baseline.objective, generator=share())
+    theirs = text_to_image_terms(baseline.network, features, x1, baseline.recipe, share())
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -100,7 +100,7 @@ def test_the_grid_spreads_all_numbers_of_the_text_over_its_cells():
     x = torch.arange(2 * 16 * 16).view(2, 16, 16)
     assert torch.equal(network.spread(x).flatten(1), x.flatten(1)) and network.spread(x).shape == (2, 64, 4)
     uneven = replace(tiny, tokenizer=replace(tiny.tokenizer, num_tokens=9, token_dim=5, anchored=False))
-    posterior = baselines.Source2d(uneven).project(batch('source')[0])
+    posterior = baselines.Source2d(uneven).source(batch('source')[0])
     assert posterior.mean.shape == posterior.logvar.shape == (5, 9, 5)
 
 

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from flowtok.speed import external_baselines as peers
+from flowtok.lab import external_baselines as peers
 from flowtok.config import preset
 
 own = [name for name, peer in peers.peers.items() if not peer.needs]

@@ -10,7 +10,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from papermill.cli import papermill
 
-from flowtok.experiments import notebooks as runs
+from flowtok.lab import notebooks as runs
 
 CHECK = '''from flowtok.lab.notebooks import check_parameters, progress, run_folder
 parameters = check_parameters(globals(), scale=('tiny', 'xl'))

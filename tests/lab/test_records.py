@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flowtok import files
-from flowtok.experiments import records as results
+from flowtok.lab import records as results
 
 
 @pytest.fixture

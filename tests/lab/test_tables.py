@@ -12,8 +12,8 @@ from dataclasses import asdict, replace
 import pytest
 from readme import root
 
-from flowtok.experiments import paper
-from flowtok.experiments import tables
+from flowtok.lab import paper
+from flowtok.lab import tables
 from flowtok.config import paper_recipes, presets
 from flowtok.files import data_identity
 from flowtok.lab.records import read_record, record, write_record, write_table

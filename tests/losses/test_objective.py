@@ -1,5 +1,4 @@
 "The objective's terms: definitions written out a second time, every ablation, and the numbers of the authors' code."
-import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from flowtok.flow.path import permute_null_targets
-from flowtok.losses.objective import (ObjectiveConfig, TokenizerObjectiveConfig, align_losses, align_targets, alignment_loss,
-                               caption_cross_entropy, direction_loss, edge_map, flow_matching_loss, flow_terms, image_to_text_terms,
-                               kl_loss, kl_losses, loss_by_time_bin, pool_target, reconstruction_loss,
-                               released_kl_loss, source_levels, text_to_image_terms, tokenizer_terms, total)
+from flowtok.config import TokenizerRecipe, recipe
+from flowtok.flow.path import Rng
+from flowtok.flow.source import DiagonalGaussian, Source, sources
+from flowtok.losses.objective import (
+    alignment_loss, caption_cross_entropy, direction_loss, edge_map, flow_matching_loss, flow_terms, loss_by_time_bin, pool_target,
+    reconstruction_loss, text_to_image_terms, tokenizer_terms, total)
 
+paper, no_source = recipe('xl', 'text-to-image'), recipe('xl', 'image-to-text')
+LEARNED = ('kl', 'released_kl', 'variance_kl')
 goldens = Path(__file__).parents[1] / 'goldens' / 'flowtok_nano'
 
 
@@ -29,17 +32,15 @@ class Model(nn.Module):
         self.net, self.temperature = nn.Linear(d + 2, d), nn.Parameter(torch.tensor(1.))
         self.calls = []
 
-    def velocity(self, x, t, indicator):
+    def velocity(self, x, t, cond):
         self.calls.append('velocity')
-        assert indicator.dtype == torch.long
-        extra = torch.stack([t, indicator.to(t)], 1)[:, None].expand(-1, x.shape[1], -1)
+        assert cond['indicator'].dtype == torch.long
+        extra = torch.stack([t, cond['indicator'].to(t)], 1)[:, None].expand(-1, x.shape[1], -1)
         return self.net(torch.cat([x, extra], 2))
 
-    def project(self, text_features):
-        self.calls.append('project')
-        mean, logvar = self.projector(text_features).chunk(2, -1)
-        return SimpleNamespace(mean=mean, logvar=logvar, sample=lambda generator: mean + (logvar / 2).exp()
-                               * torch.randn(mean.shape, generator=generator))
+    def source(self, text_features, kind='kl'):
+        self.calls.append('source')
+        return sources[kind](*self.projector(text_features).chunk(2, -1))
 
     def alignment_target(self, text_features):
         self.calls.append('alignment_target')
@@ -61,7 +62,7 @@ def model():
 # the authors' numbers
 
 def test_released_kl_is_the_authors(golden, described):
-    kl = described['loss_weights']['kl'] * released_kl_loss(golden['text_mu'], golden['text_logvar'])
+    kl = described['loss_weights']['kl'] * sources['released_kl'](golden['text_mu'], golden['text_logvar']).loss()
     for name in ('train_plain_kl', 'train_null_kl'):
         assert abs(kl - golden[name]) <= described['tolerance']['kl'] * max(1, golden[name])
 
@@ -77,18 +78,18 @@ def test_contrastive_is_the_authors(golden, described):
 def test_total_adds_up_to_the_authors_loss(golden, described, case):
     temperature = load_file(goldens / 'FlowTok-nano.safetensors')['t2t_temperature']
     terms = {'flow': golden[f'train_{case}_flow_mse'],
-             'kl': released_kl_loss(golden['text_mu'], golden['text_logvar']),
+             'kl': sources['released_kl'](golden['text_mu'], golden['text_logvar']).loss(),
              'align': alignment_loss(golden['text_z'], golden['context_projector'], temperature)}
-    loss = total(terms, ObjectiveConfig(source='released_kl', kl_weight=described['loss_weights']['kl']).weights)
+    loss = total(terms, replace(paper, source='released_kl', kl_weight=described['loss_weights']['kl']).weights)
     expected = golden[f'train_{case}_loss'].mean()
     assert abs(loss - expected) <= described['tolerance']['default'] * expected
 
 
 def test_flow_loss_asks_at_the_authors_points(golden):
-    x1 = permute_null_targets(golden['train_x1'], golden['train_null_indicator'])
+    x1 = permute_null_targets(golden['train_x1'], golden['train_null_indicator']) + 1e-5 * golden['text_z']      # their sigma_min
     asked = []
-    flow_matching_loss(lambda x, t, i: asked.append((x, t, i)) or torch.zeros_like(x), golden['text_z'], x1,
-                       golden['train_t'], golden['train_null_indicator'], sigma_min=1e-5)
+    flow_matching_loss(lambda x, t, c: asked.append((x, t, c['indicator'])) or torch.zeros_like(x), golden['text_z'], x1,
+                       golden['train_t'], {'indicator': golden['train_null_indicator']})
     (x, t, indicator), = asked
     assert (x - golden['train_null_x_t']).abs().max() <= 1e-6 * golden['train_null_x_t'].abs().max()
     assert torch.equal(t, golden['train_t']) and indicator.tolist() == [1, 0, 1, 1]
@@ -98,8 +99,8 @@ def test_flow_loss_asks_at_the_authors_points(golden):
 
 def test_flow_loss_is_zero_for_the_true_velocity(batch):
     x0, x1 = batch[1], batch[1].flip(0)
-    exact = flow_matching_loss(lambda x, t, i: x1 - 0.9 * x0, x0, x1, torch.rand(8), torch.zeros(8), sigma_min=0.1)
-    off = flow_matching_loss(lambda x, t, i: x1 - x0 + 2, x0, x1, torch.rand(8), torch.zeros(8))
+    exact = flow_matching_loss(lambda x, t, c: x1 - x0, x0, x1, torch.rand(8), {'indicator': torch.zeros(8)})
+    off = flow_matching_loss(lambda x, t, c: x1 - x0 + 2, x0, x1, torch.rand(8), {'indicator': torch.zeros(8)})
     assert torch.equal(exact, torch.zeros(8)) and torch.allclose(off, torch.full((8,), 4.))
 
 
@@ -107,10 +108,9 @@ def test_kl_is_the_divergence_of_gaussians():
     mean, logvar = torch.randn(2, 3, 5, 4)
     normal = torch.distributions.Normal(0, 1)
     expected = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (logvar / 2).exp()), normal)
-    assert torch.isclose(kl_loss(mean, logvar), expected.sum((1, 2)).mean())
-    assert torch.isclose(kl_loss(mean.repeat(4, 1, 1), logvar.repeat(4, 1, 1)), kl_loss(mean, logvar))
-    assert torch.isclose(released_kl_loss(mean.repeat(4, 1, 1), logvar.repeat(4, 1, 1)),
-                         4 * released_kl_loss(mean, logvar))
+    assert torch.allclose(DiagonalGaussian(mean, logvar).kl(), expected.sum((1, 2)))
+    twice = [sources[kind](mean.repeat(4, 1, 1), logvar.repeat(4, 1, 1)).loss() / sources[kind](mean, logvar).loss() for kind in LEARNED]
+    assert torch.allclose(torch.stack(twice), torch.tensor([1., 4., 1.]))         # the authors sum over the batch
 
 
 def test_contrastive_written_out():
@@ -154,61 +154,61 @@ def test_pool_keeps_the_shape_and_the_mean(c, d):
 
 # the terms of a batch
 
-@pytest.mark.parametrize('kl_weight, align_weight, target, loss, kl', list(itertools.product(
-    (0., 1e-4), (0., 1., 2.), align_targets, align_losses, kl_losses)))
-def test_every_ablation_runs(model, batch, kl_weight, align_weight, target, loss, kl):
-    objective = ObjectiveConfig(kl_weight=kl_weight, align_weight=align_weight, align_target=target, align_loss=loss,
-                                source=kl, margin=0.8)
-    terms = text_to_image_terms(model, *batch, objective=objective)
+@pytest.mark.parametrize('kl_weight, align_weight, target, loss, kind', [
+    (0., 0., 'mlp', 'contrastive', 'kl'), (1e-4, 1., 'mlp', 'contrastive', 'kl'), (1e-4, 1., 'pool', 'contrastive', 'released_kl'),
+    (0., 1., 'pool', 'cosine', 'variance_kl'), (1e-4, 2., 'mlp', 'cosine', 'variance_kl'), (1e-4, 0., 'pool', 'cosine', 'released_kl')])
+def test_every_ablation_runs(model, batch, monkeypatch, kl_weight, align_weight, target, loss, kind):
+    how = replace(paper, kl_weight=kl_weight, align_weight=align_weight, align_target=target, align_loss=loss, source=kind, margin=0.8)
+    real = model.source
+    monkeypatch.setattr(model, 'source', lambda features: real(features, kind))
+    terms = text_to_image_terms(model, *batch, how)
     assert ('kl' in terms) == (kl_weight > 0) and ('align' in terms) == (align_weight > 0)
     assert ('alignment_target' in model.calls) == (align_weight > 0 and target == 'mlp')
-    value = total(terms, objective.weights)
+    value = total(terms, how.weights)
     value.backward()
     assert value.shape == () and value.isfinite()
     assert model.projector.weight.grad.abs().sum() > 0 and model.net.weight.grad.abs().sum() > 0
 
 
-def test_one_path_for_both_directions(model, batch):
-    text, images = batch[1], batch[1].flip(0)
-    objective = ObjectiveConfig(time_sampling='mixture', indicator_probability=0.5)
-    both = [terms(model, images, text, objective=objective, generator=torch.Generator().manual_seed(1))
-            for terms in (flow_terms, image_to_text_terms)]
-    assert all(torch.equal(both[0][name], both[1][name]) for name in both[0]) and set(both[0]) == set(both[1])
-    assert model.calls == ['velocity', 'velocity']
+def test_conditions_reach_the_velocity_untouched(batch):
+    seen, style = [], torch.randn(8, 3)
+    model = SimpleNamespace(velocity=lambda x, t, cond: seen.append(cond) or x)
+    flow_terms(model, batch[1], batch[1].flip(0), no_source, cond={'style': style})
+    assert seen[0]['style'] is style and seen[0]['indicator'].shape == (8,)
 
 
 def test_flow_reaches_the_projector_through_the_path_and_the_target(model, batch):
-    bare = ObjectiveConfig(kl_weight=0, align_weight=0)
-    text_to_image_terms(model, *batch, objective=bare)['flow'].mean().backward()
+    bare = replace(paper, kl_weight=0., align_weight=0.)
+    text_to_image_terms(model, *batch, bare)['flow'].mean().backward()
     assert model.projector.weight.grad.abs().sum() > 0 and model.temperature.grad is None
 
 
 def test_null_samples_get_other_images(batch):
     seen = []
     x0, x1 = torch.zeros(8, 5, 4), batch[1]
-    model = SimpleNamespace(velocity=lambda x, t, i: seen.append((x / t[:, None, None], i)) or x)
-    objective = ObjectiveConfig(time_sampling='uniform', indicator_probability=0.5)
-    terms = flow_terms(model, x0, x1, objective=objective, generator=torch.Generator().manual_seed(0))
+    model = SimpleNamespace(velocity=lambda x, t, c: seen.append((x / t[:, None, None], c['indicator'])) or x)
+    how = replace(no_source, time_sampling='uniform', indicator_probability=0.5)
+    terms = flow_terms(model, x0, x1, how, Rng(torch.Generator().manual_seed(0)))
     (reached, indicator), = seen
     moved = ~torch.isclose(reached, x1, atol=1e-4).flatten(1).all(1)
     assert torch.equal(moved, terms['indicator']) and torch.equal(indicator.bool(), moved) and 2 <= moved.sum() < 8
 
 
 def test_a_generator_repeats_a_step(model, batch):
-    first, second = (text_to_image_terms(model, *batch, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    first, second = (text_to_image_terms(model, *batch, paper, Rng(torch.Generator().manual_seed(5))) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_kinds_of_source_differ_in_what_holds_the_noise():
     mean, logvar = torch.full((3, 5, 4), 2., requires_grad=True), torch.full((3, 5, 4), -3., requires_grad=True)
-    pulls = {kind: torch.autograd.grad(kl(mean, logvar), (mean, logvar), allow_unused=True) for kind, kl in kl_losses.items()}
-    assert list(pulls) == ['kl', 'released_kl', 'variance_kl'] and all(pull[1].lt(0).all() for pull in pulls.values())
+    pulls = {kind: torch.autograd.grad(sources[kind](mean, logvar).loss(), (mean, logvar), allow_unused=True) for kind in LEARNED}
+    assert all(pull[1].lt(0).all() for pull in pulls.values())
     assert pulls['variance_kl'][0] is None and pulls['kl'][0].gt(pulls['released_kl'][0] / 3).all()
 
 
 def test_a_fixed_source_has_no_kl_term_and_a_direction_term_pulls_the_mean(model, batch):
-    fixed = ObjectiveConfig(source='fixed', kl_weight=1e-2, direction_weight=0.5, align_weight=0.)
-    terms = text_to_image_terms(model, *batch, objective=fixed)
+    fixed = replace(paper, source='fixed', source_std=.5, kl_weight=1e-2, direction_weight=0.5, align_weight=0.)
+    terms = text_to_image_terms(model, *batch, fixed)
     assert 'kl' not in terms and fixed.weights == {'flow': 1., 'kl': 0., 'align': 0., 'direction': 0.5}
     total({'direction': terms['direction']}, {'direction': 1.}).backward()
     assert model.projector.weight.grad.abs().sum() > 0
@@ -222,8 +222,7 @@ def test_direction_loss_is_the_squared_distance_of_unit_vectors():
 
 
 def test_the_level_of_noise_is_measured():
-    source = SimpleNamespace(mean=torch.full((2, 5, 4), 3.), logvar=torch.full((2, 5, 4), 2 * math.log(1.5)))
-    levels = source_levels(source)
+    levels = Source(torch.full((2, 5, 4), 3.), torch.full((2, 5, 4), 2 * math.log(1.5))).levels()
     assert abs(levels['source_snr'] - 2) < 1e-5 and abs(levels['source_share'] - 1 / 5) < 1e-5
 
 
@@ -236,14 +235,13 @@ def test_total_names_what_is_missing():
 
 @pytest.mark.parametrize('arguments, named', [
     (dict(time_sampling='cosine'), 'time_sampling.*cosine.*logit_normal'),
-    (dict(source='sixth'), 'source.*sixth.*variance_kl'),
     (dict(align_loss='mse'), 'align_loss.*mse.*contrastive'),
     (dict(align_weight=float('nan')), 'align_weight.*nan'),
     (dict(indicator_probability=2), 'indicator_probability.*2'),
 ])
 def test_bad_choices(arguments, named):
     with pytest.raises(ValueError, match=named):
-        replace(ObjectiveConfig(), **arguments)
+        replace(paper, **arguments)
 
 
 # bins, tokenizer, captions
@@ -281,15 +279,13 @@ def test_edge_weight_counts_edges_more_and_keeps_the_mean():
 @pytest.mark.parametrize('kl_weight', [0., 1e-6])
 def test_tokenizer_terms(kl_weight):
     images, told = torch.rand(2, 3, 8, 8), []
-    tokenizer = SimpleNamespace(
-        encode=lambda x: SimpleNamespace(mean=x, logvar=0 * x, sample=lambda generator: x + 0.1),
-        decode=lambda tokens, text_features: told.append(text_features) or tokens)
-    objective = TokenizerObjectiveConfig(kl_weight=kl_weight)
-    terms = tokenizer_terms(tokenizer, images, objective=objective)
+    tokenizer = SimpleNamespace(encode=lambda x: DiagonalGaussian(x + .1, torch.full_like(x, -60.)), decode=lambda tokens, features: told.append(features) or tokens)
+    how = TokenizerRecipe(1, 1, kl_weight=kl_weight)
+    terms = tokenizer_terms(tokenizer, images, recipe=how)
     assert torch.isclose(terms['reconstruction'], torch.tensor(0.01)) and ('kl' in terms) == (kl_weight > 0)
-    assert told == [None] and total(terms, objective.weights).isfinite()
+    assert told == [None] and total(terms, how.weights).isfinite()
     with pytest.raises(ValueError, match='edge_weight'):
-        TokenizerObjectiveConfig(edge_weight=-1)
+        TokenizerRecipe(1, 1, edge_weight=-1.)
 
 
 def test_caption_cross_entropy():

@@ -10,13 +10,17 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
+from flowtok.config import TokenizerRecipe
+from flowtok.flow.source import DiagonalGaussian
 from flowtok.losses.perceptual import (Adversary, Blur, ConvNeXtLogits, LPIPS, PatchDiscriminator, TokenizerCritics,
                              find_perceptual, freeze, perceptual_files, read_weights)
-from flowtok.losses.objective import (TokenizerObjectiveConfig, gan_factor, hinge_discriminator_loss, hinge_generator_loss,
+from flowtok.losses.objective import (gan_factor, hinge_discriminator_loss, hinge_generator_loss,
                                lecam_loss, moving_average, perceptual_loss, tokenizer_terms, total)
 
-whole = TokenizerObjectiveConfig(perceptual_weight=1.1, convnext_share=0.1, gan_weight=0.1, gan_start=5,
-                                 lecam_weight=1e-3)
+def tokenizer_recipe(**changes): return TokenizerRecipe(9, 1, kl_weight=1e-6, gan_learning_rate=1e-4, **changes)
+
+
+whole = tokenizer_recipe(perceptual_weight=1.1, convnext_share=0.1, gan_weight=0.1, gan_start=5, lecam_weight=1e-3)
 channels = (64, 128, 256, 512, 512)
 
 
@@ -209,10 +213,10 @@ class Lightness(nn.Module):
 
 
 @pytest.mark.parametrize('objective, names, weights', [
-    (TokenizerObjectiveConfig(), set(), (0., 0.)),
+    (tokenizer_recipe(), set(), (0., 0.)),
     (whole, {'lpips', 'convnext', 'perceptual', 'adversarial'}, (1.1, 0.1)),
-    (TokenizerObjectiveConfig(perceptual_weight=1.), {'lpips', 'perceptual'}, (1., 0.)),
-    (TokenizerObjectiveConfig(gan_weight=0.5), {'adversarial'}, (0., 0.5))])
+    (tokenizer_recipe(perceptual_weight=1.), {'lpips', 'perceptual'}, (1., 0.)),
+    (tokenizer_recipe(gan_weight=0.5), {'adversarial'}, (0., 0.5))])
 def test_only_what_is_asked_for_is_computed(images, objective, names, weights):
     critics = TokenizerCritics(objective, {'lpips': Lightness(), 'convnext': Lightness()}, width=4, depth=1)
     terms = critics.generator_terms(images, images + 0.1, 9)
@@ -239,17 +243,17 @@ def test_the_discriminator_waits_for_its_step(images):
 
 
 def test_a_tokenizer_hands_out_what_it_drew(images):
-    tokenizer = SimpleNamespace(encode=lambda x: SimpleNamespace(mean=x, logvar=0 * x, sample=lambda generator: x),
+    tokenizer = SimpleNamespace(encode=lambda x: DiagonalGaussian(x, torch.full_like(x, -200.)),
                                 decode=lambda tokens, text_features: tokens + 2)
-    terms = tokenizer_terms(tokenizer, images, objective=whole, keep_decoded=True)
+    terms = tokenizer_terms(tokenizer, images, recipe=whole, keep_decoded=True)
     assert torch.equal(terms['decoded'], images + 2) and 'decoded' not in tokenizer_terms(tokenizer, images)
-    assert total(terms, whole.weights) == total(tokenizer_terms(tokenizer, images), whole.weights)
+    assert total(terms, whole.weights) == total(tokenizer_terms(tokenizer, images, recipe=whole), whole.weights)
 
 
 @pytest.mark.parametrize('name', ['perceptual_weight', 'convnext_share', 'gan_weight', 'gan_start', 'lecam_weight'])
 def test_negative_weights_are_refused(name):
     with pytest.raises(ValueError, match=f'{name}'):
-        TokenizerObjectiveConfig(**{name: -1})
+        tokenizer_recipe(**{name: -1})
 
 
 # perceptual networks

@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowtok.config import FlowConfig, FlowTokConfig, SourceConfig, from_json, preset, recipe, source_kinds, to_json
+from flowtok.config import FlowConfig, FlowTokConfig, SourceConfig, from_json, preset, recipe, to_json
 from flowtok.training.checkpointing import collapse_warning
 from flowtok.models.flowtok import FlowTok, direction_config
 from flowtok.losses.objective import text_to_image_terms
 from flowtok.pipeline import FlowTokPipeline
-from flowtok.training.tasks import flow_objective, plan
+from flowtok.flow.source import sources
+from flowtok.training.tasks import plan
 from flowtok.models.tokenizer import ImageTokenizer
 
 LEARNED = 'source_std=0 mean_scale=0'
@@ -26,7 +27,7 @@ def pipeline(source):
 
 
 @pytest.mark.parametrize('values', [
-    dict(kind='gaussian'), dict(kind='fixed'), dict(kind='fixed', std=-1.), dict(kind='kl', std=.5),
+    dict(kind='fixed'), dict(kind='fixed', std=-1.), dict(kind='kl', std=.5),
     dict(kind='fixed', std=1., mean_scale=-2.), dict(kind='variance_kl', mean_scale=2.)])
 def test_a_source_that_makes_no_sense_is_refused(values):
     with pytest.raises(ValueError):
@@ -43,10 +44,10 @@ def test_the_paper_is_the_default_of_the_large_models():
     assert preset('tiny').sampling.temperature == 1
 
 
-@pytest.mark.parametrize('kind', source_kinds)
+@pytest.mark.parametrize('kind', sources)
 def test_the_recipe_decides_the_source_of_the_config(kind):
     run = plan('text-to-image', 'tiny', changes=CHANGES[kind])
-    assert run.config.source.kind == run.recipe.source == flow_objective(run.recipe).source == kind
+    assert run.config.source.kind == run.recipe.source == kind
     assert from_json(to_json(run.config)) == run.config
 
 
@@ -65,25 +66,25 @@ def test_sampling_starts_where_training_did(temperature):
     pipe = pipeline(SourceConfig('fixed', std=.7, mean_scale=3.))
     prompts = ['a red circle'] * 400
     tokens = pipe(prompts, generator=torch.Generator().manual_seed(0), output_type='tokens', temperature=temperature, guidance_scale=1.)
-    mean = pipe.text_to_image.project(pipe.text_encoder(pipe.text_encoder.tokenize(prompts[:1]))).mean
+    mean = pipe.text_to_image.source(pipe.text_encoder(pipe.text_encoder.tokenize(prompts[:1]))).mean
     assert abs(mean.std(-1, unbiased=False) - 3).max() < .05
     assert abs((tokens - mean).std() - .7 * temperature) < .01 and (tokens - mean).mean().abs() < .01
     starts = []
     model = FlowTok(pipe.config)
     model.load_state_dict(pipe.text_to_image.state_dict())
-    model.velocity = lambda x, t, i: starts.append((x, t)) or x
+    model.velocity = lambda x, t, cond: starts.append((x, t)) or x
     features = pipe.text_encoder(pipe.text_encoder.tokenize(prompts))
-    objective = replace(flow_objective(plan('text-to-image', 'tiny').recipe), time_sampling='mixture', p_start=1., align_weight=0., direction_weight=0.)
-    text_to_image_terms(model, features, torch.zeros(400, 16, 16), objective=objective)
+    how = replace(plan('text-to-image', 'tiny').recipe, time_sampling='mixture', p_start=1., align_weight=0., direction_weight=0.)
+    text_to_image_terms(model, features, torch.zeros(400, 16, 16), how)
     assert abs((starts[0][0] - mean).std() - .7) < .01 and not starts[0][1].any()
 
 
 def test_a_fixed_source_does_not_learn_its_noise():
     model = pipeline(SourceConfig('fixed', std=.7)).text_to_image
-    source = model.project(torch.randn(2, 16, 128))
+    source = model.source(torch.randn(2, 16, 128))
     assert torch.allclose(source.std, torch.tensor(.7))
     learned = pipeline(SourceConfig('kl')).text_to_image
-    assert learned.project(torch.randn(2, 16, 128)).std.std() > 0
+    assert learned.source(torch.randn(2, 16, 128)).std.std() > 0
 
 
 def test_one_prompt_has_many_starts():
@@ -98,9 +99,8 @@ def test_the_run_warns_when_the_noise_dies():
 
 
 def test_times_can_be_moved_towards_the_source():
-    from flowtok.flow.path import sample_time
-    generator = torch.Generator().manual_seed(0)
-    t = sample_time(20_000, 'logit_normal', mean=-2., std=.5, generator=generator)
+    from flowtok.flow.path import Rng, sample_time
+    t = sample_time(20_000, 'logit_normal', mean=-2., std=.5, rng=Rng(torch.Generator().manual_seed(0)))
     assert abs(t.logit().mean() + 2) < .02 and abs(t.logit().std() - .5) < .02
     with pytest.raises(ValueError):
         sample_time(4, 'logit_normal', std=0.)
@@ -114,16 +114,16 @@ SMALL_PAPER = replace(preset('b'), flow=FlowConfig(2, 64, 4), text=replace(
 def two_steps(config, kind):
     "The losses of two optimiser steps of text to image on the features of two captions."
     from flowtok.losses.objective import total
-    from flowtok.training.tasks import parse_changes
+    from flowtok.config import parse_changes
     from flowtok.training.optim import make_optimizers
     torch.manual_seed(0)
     how = replace(recipe('b', 'text-to-image'), **parse_changes(CHANGES[kind]))
-    model, objective = FlowTok(replace(config, source=how.source_config)), flow_objective(how)
+    model = FlowTok(replace(config, source=how.source_config))
     optimizers, losses = make_optimizers(model, how), []
     features, tokens = torch.randn(2, 77, config.text.width), torch.randn(2, 77, 16)
     for _ in range(2):
-        terms = text_to_image_terms(model, features, tokens, objective=objective)
-        losses.append(total(terms, objective.weights))
+        terms = text_to_image_terms(model, features, tokens, how)
+        losses.append(total(terms, how.weights))
         losses[-1].backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -131,14 +131,14 @@ def two_steps(config, kind):
     return terms, torch.stack(losses).detach()
 
 
-@pytest.mark.parametrize('kind', source_kinds)
+@pytest.mark.parametrize('kind', sources)
 def test_every_source_trains_with_the_tokens_of_the_paper(kind):
     terms, losses = two_steps(SMALL_PAPER, kind)
     assert losses.isfinite().all() and ('kl' in terms) == (kind != 'fixed') and {'source_snr', 'source_share'} <= terms.keys()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', source_kinds)
+@pytest.mark.parametrize('kind', sources)
 def test_every_source_trains_at_the_size_of_flowtok_b(kind):
     "About 10 seconds and 4 GB each: python -m pytest -q -m slow tests/test_source.py"
     assert two_steps(preset('b'), kind)[1].isfinite().all()
@@ -162,3 +162,10 @@ def test_what_only_training_needs_is_not_saved_with_a_pipeline(tmp_path):
         from safetensors.torch import save_file
         save_file(partial, tmp_path / 'partial.safetensors')
         load_weights(FlowTok(pipe.config), tmp_path / 'partial.safetensors')
+
+
+def test_an_unknown_source_is_refused_before_work():
+    with pytest.raises(ValueError, match='variance_kl'):
+        plan('text-to-image', 'tiny', changes=f'source=gaussian {LEARNED}')
+    with pytest.raises(ValueError, match='variance_kl'):
+        FlowTok(replace(preset('tiny'), source=SourceConfig('gaussian')))

@@ -5,56 +5,78 @@ import pytest
 import torch
 
 from flowtok.config import preset
-from flowtok.flow.solver import sample
-from flowtok.models.fast import MAX_CACHED_STEPS, CachedVelocity, align_swiglu, aligned_swiglu, fuse_gelu, linear_gelu
-from flowtok.models.flowtok import FlowTok
+from flowtok.flow.solver import Sampling
+from flowtok.models.fast import align_swiglu, aligned_swiglu, cache_modulation, fuse_gelu, linear_gelu
+from flowtok.models.flowtok import DiT, FlowTok
 from flowtok.models.layers import MLP, SwiGLU
 from flowtok.pipeline import FlowTokPipeline
 
 PRECISION = {torch.float16: 'fp16', torch.bfloat16: 'bf16'}
 
 
-def test_modulations_are_computed_once_and_noticed_when_weights_change(monkeypatch):
-    model, calls = FlowTok(preset('tiny')), []
+@pytest.fixture
+def models():
+    "A model, and a copy whose modulation is kept."
+    torch.manual_seed(0)
+    model = FlowTok(preset('tiny'))
     for p in model.dit.parameters():
-        torch.nn.init.normal_(p, std=.05)
-    fast, x = CachedVelocity(model), torch.randn(2, 16, 16)
-    made = fast.cache.compute
-    monkeypatch.setattr(fast.cache, 'compute', lambda times: calls.append(len(times)) or made(times))
+        torch.nn.init.normal_(p, std=.05) if p.requires_grad else None
+    fast = copy.deepcopy(model)
+    cache_modulation(fast.dit)
+    return model, fast
+
+
+def test_modulations_are_computed_once_and_noticed_when_weights_change(models, monkeypatch):
+    (model, fast), x, calls, real = models, torch.randn(2, 16, 16), [], DiT.modulations
+    monkeypatch.setattr(DiT, 'modulations', lambda self, t, cond, s=None: calls.append(len(t)) or real(self, t, cond, s))
     for _ in range(3):
-        sample(fast, x, num_inference_steps=5)
-    sample(fast, x, num_inference_steps=5, guidance_scale=1)
-    assert calls == [5]
-    sample(fast, x, num_inference_steps=6)
-    assert calls == [5, 5]                                                       # t = 0 is known
+        fast.generate(x, Sampling(5))
+    assert len(calls) == 5
+    fast.generate(x, Sampling(6))
+    assert len(calls) == 10                                                      # t = 0 is known
+
     def trained():
-        model.dit.indicator.weight.grad = torch.ones_like(model.dit.indicator.weight)
-        torch.optim.SGD(model.dit.indicator.parameters(), .1).step()
+        fast.dit.indicator.weight.grad = torch.ones_like(fast.dit.indicator.weight)
+        torch.optim.SGD(fast.dit.indicator.parameters(), .1).step()
 
     def loaded():
-        model.load_state_dict({name: p + .01 for name, p in model.state_dict().items()})
+        fast.load_state_dict({name: p + .01 for name, p in fast.state_dict().items()})
 
-    for change in (trained, loaded, lambda: model.double().float(), lambda: torch.nn.init.ones_(model.dit.final.modulation.bias)):
+    for change in (trained, loaded, lambda: fast.double().float(), lambda: torch.nn.init.ones_(fast.dit.final.modulation.bias)):
         change()
-        assert torch.allclose(sample(fast, x, num_inference_steps=6), sample(model.velocity, x, num_inference_steps=6), atol=1e-5)
+        model.load_state_dict(fast.state_dict())
+        assert torch.allclose(fast.generate(x, Sampling(6)), model.generate(x, Sampling(6)), atol=1e-5)
 
 
-def test_a_long_grid_is_not_kept():
-    model = FlowTok(preset('tiny'))
-    torch.nn.init.normal_(model.dit.final.linear.weight)
-    fast, x = CachedVelocity(model), torch.randn(1, 16, 16)
-    found = sample(fast, x, num_inference_steps=MAX_CACHED_STEPS + 1)
-    assert len(fast.cache.values) <= MAX_CACHED_STEPS and torch.allclose(found, sample(model.velocity, x, num_inference_steps=MAX_CACHED_STEPS + 1), atol=1e-5)
+def test_a_further_condition_is_never_kept(models, monkeypatch):
+    "What the cache does not know by time and indicator is computed: an input of the velocity is not ignored after `optimize`."
+    (_, fast), x, real = models, torch.randn(2, 16, 16), DiT.modulations
+
+    def styled(self, t, cond, s=None):
+        return [m + cond['style'][:, :1] if 'style' in cond else m for m in real(self, t, cond, s)]
+    monkeypatch.setattr(DiT, 'modulations', styled)
+    plain, styles = fast.generate(x, Sampling(3, 1.)), torch.tensor([[0.], [1.]])
+    ends = [fast.generate(x, Sampling(3, 1.), {'style': style * torch.ones(2, 1)}) for style in styles]
+    assert torch.allclose(ends[0], plain, atol=1e-6) and not torch.allclose(ends[1], plain, atol=1e-3) and len(fast.dit.kept[1]) == 3
+
+
+def test_the_cache_stays_bounded_and_training_does_not_use_it(models):
+    (model, fast), x = models, torch.randn(1, 16, 16)
+    for n in (20, 300, 60):
+        assert torch.allclose(fast.generate(x, Sampling(n, 1.)), model.generate(x, Sampling(n, 1.)), atol=1e-5) and len(fast.dit.kept[1]) <= 256
+    kept = dict(fast.dit.kept[1])
+    fast.velocity(x, .33).sum().backward()
+    assert fast.dit.kept[1].keys() == kept.keys() and fast.dit.time.mlp[0].weight.grad is not None
 
 
 def test_weights_made_in_inference_mode_are_never_mistaken():
     with torch.inference_mode():
-        model = FlowTok(preset('tiny'))
-        torch.nn.init.normal_(model.dit.final.linear.weight)
-        fast, x = CachedVelocity(model), torch.randn(1, 16, 16)
-        first = sample(fast, x)
-        model.dit.final.modulation.bias.add_(1.)
-        assert not torch.allclose(sample(fast, x), first) and torch.allclose(sample(fast, x), sample(model.velocity, x), atol=1e-5)
+        fast, x = FlowTok(preset('tiny')), torch.randn(1, 16, 16)
+        torch.nn.init.normal_(fast.dit.final.linear.weight)
+        cache_modulation(fast.dit)
+        first = fast.generate(x)
+        fast.dit.final.modulation.bias.add_(1.)
+        assert not torch.allclose(fast.generate(x), first)
 
 
 @pytest.mark.parametrize('kind', ['none', 'tanh'])
@@ -115,12 +137,3 @@ def test_a_data_type_may_change_after_images_were_made(dtype):
     first = run(pipe)
     assert torch.equal(run(pipe.to(dtype)), run(FlowTokPipeline.from_pretrained(torch_dtype=dtype).optimize(PRECISION[dtype])))
     assert torch.allclose(run(FlowTokPipeline.from_pretrained().optimize()), first)
-
-
-def test_the_cache_stays_bounded_whatever_is_asked():
-    model = FlowTok(preset('tiny'))
-    cache = CachedVelocity(model).cache
-    for n in (20, MAX_CACHED_STEPS, MAX_CACHED_STEPS + 12, 60, 100):
-        cache.fill(torch.arange(n) / n)
-        assert len(cache.values) <= MAX_CACHED_STEPS
-    assert torch.equal(cache.at(torch.tensor(.5))[0], cache.compute(torch.tensor([.5]))[0][0])

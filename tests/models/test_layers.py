@@ -5,9 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flowtok.models.layers import (MLP, Attention, Block, DiagonalGaussian, FinalLayer, ModulatedBlock, RotaryTables, SwiGLU,
-                            TimeEmbedding, apply_rope, grid_coordinates, modulate, rope_angles, sinusoid_positions,
-                            timestep_features)
+from flowtok.models.layers import (
+    MLP, Attention, Block, FinalLayer, ModulatedBlock, RotaryTables, SwiGLU, TimeEmbedding, apply_rope,
+    grid_coordinates, modulate, rope_angles, sinusoid_positions, timestep_features)
+from flowtok.flow.path import Rng
+from flowtok.flow.source import DiagonalGaussian
 
 
 @pytest.fixture(autouse=True)
@@ -31,10 +33,10 @@ def test_gaussian_clamps_only_when_asked():
 @pytest.mark.parametrize('dtype', (torch.float16, torch.bfloat16, torch.float32, torch.float64))
 def test_draws_depend_on_the_generator_alone(dtype):
     q = DiagonalGaussian(torch.zeros(2, 3, 4, dtype=dtype), torch.zeros(2, 3, 4, dtype=dtype))
-    z = q.sample(torch.Generator().manual_seed(3))
+    z = q.sample(Rng(torch.Generator().manual_seed(3)).like(q.mean))
     assert z.dtype == dtype
     assert torch.equal(z, torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(3)).to(dtype))
-    assert not torch.equal(q.sample(), q.sample())
+    assert not torch.equal(q.sample(Rng().like(q.mean)), q.sample(Rng().like(q.mean))) and torch.equal(q.sample(z, 0.), q.mean)
 
 
 def test_grid_is_row_by_row():
@@ -167,7 +169,9 @@ def test_modulated_block_by_hand():
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block.modulation(c * c.sigmoid())[:, None].split(16, -1)
     y = x + gate_a * block.attn(F.layer_norm(x, (16,), eps=1e-6) * (1 + scale_a) + shift_a)
     y = y + gate_m * block.mlp(F.layer_norm(y, (16,), eps=1e-6) * (1 + scale_m) + shift_m)
-    assert torch.allclose(block(x, c), y, atol=1e-5)
+    modulation = block.modulation(F.silu(c))
+    assert torch.allclose(block(x, modulation), y, atol=1e-5)
+    assert torch.allclose(block(torch.cat([x[:1], x[:1], x[1:], x[1:]]), modulation)[::2], y, atol=1e-5)      # a row for each group of samples
     assert block.mlp.approximate == 'tanh'
 
 
@@ -175,4 +179,4 @@ def test_final_layer_by_hand():
     final, x, c = FinalLayer(16, 4), torch.randn(2, 5, 16), torch.randn(2, 16)
     shift, scale = final.modulation(F.silu(c)).split(16, 1)
     wanted = final.linear(modulate(F.layer_norm(x, (16,), eps=1e-6), shift, scale))
-    assert torch.allclose(final(x, c), wanted, atol=1e-6)
+    assert torch.allclose(final(x, final.modulation(F.silu(c))), wanted, atol=1e-6)

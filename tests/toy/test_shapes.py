@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from flowtok.config import WORDS
-from flowtok.data import verifier as reader
-from flowtok.data import shapes as scenes
+from flowtok.toy import verifier as reader
+from flowtok.toy import shapes as scenes
 from flowtok.toy.verifier import Claims, agrees, is_true, parse, read, shows
 from flowtok.toy.shapes import (COLOURS, COLUMNS, HELD_OUT, ROWS, SHAPES, SIZES, SPLITS, Scene, Thing, captions,
                             draw_scene, is_at, place_words, plain_caption, relation, render, texture_pattern, write_shards)

@@ -2,7 +2,6 @@
 import json
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,9 @@ from flowtok.config import every_stage, from_json, preset, recipe
 from flowtok.data.images import read_shard
 from flowtok.data.mixture import Source, TokenReader, captions_of
 from flowtok.toy.shapes import write_shards
-from flowtok.flow.path import ShardedRandom
+from flowtok.flow.path import Rng
+from flowtok.flow.solver import Sampling
+from flowtok.flow.source import Source as SourceDistribution
 from flowtok.losses.objective import reverse_terms
 from flowtok.models.flowtok import FlowTok, TwoWayFlowTok, load_weights, save_weights
 from flowtok.models.text import TextAutoencoder
@@ -88,6 +89,8 @@ def test_a_flow_map_starts_as_its_teacher_and_keeps_the_source(folder, tmp_path)
     plain.load_state_dict({name: value for name, value in stage.trained.state_dict().items() if 'duration' not in name})
     for s in (t, 1 - t, torch.ones(4)):
         assert torch.equal(stage.trained.velocity(x, t, 0, s), plain.velocity(x, t, 0))
+    assert stage.teacher in stage.children() and not any(p.requires_grad for p in stage.teacher.parameters())      # moves with the stage
+    assert not any(name.startswith('teacher') for name in stage.trained.state_dict())
     assert not any(p.requires_grad for p in stage.trained.projector.parameters()) and stage.trained.dit.duration.mlp[2].weight.requires_grad
     train(one)
     saved = from_json((tmp_path / 'config.json').read_text())
@@ -176,19 +179,22 @@ def test_the_way_back_is_trained_as_it_is_followed(folder, tmp_path, arm):
     "The velocity that leads from an image's tokens straight back to its caption's has no loss, and following it arrives there."
     one = run(folder, tmp_path, **dict(reverse_share=0.) | arm, image_noise=0., text_noise=0.)
     stage = BothStage(one)
-    moments, ids, share = torch.randn(8, 16, 32), torch.randint(51, (8, 2, 16)), ShardedRandom()
+    batch = {'moments': torch.randn(8, 16, 32), 'ids': torch.randint(51, (8, 16)), 'first_ids': torch.randint(51, (8, 16))}
     with torch.no_grad():
-        images = stage.image_tokens(moments, share)
-        text = stage.projector(stage.features(ids[:, 1])).mean if 'caption_share' in arm else images * 0 + 1
+        images = stage.image_tokens(batch['moments'])
+        text = stage.projector(stage.features(batch['first_ids'])).mean if 'caption_share' in arm else images * 0 + 1
     if 'reverse_share' in arm:
-        stage.trained.project = lambda features: SimpleNamespace(sample=lambda generator: text, mean=text)
-    stage.trained.velocity = lambda x, t, indicator, *step: torch.where(torch.as_tensor(indicator).reshape(-1, 1, 1) >= 2, images - text, torch.zeros_like(images))
+        stage.trained.source = lambda features: SourceDistribution(text, torch.full_like(text, -60.))
+    def velocity(x, t, cond, s=None):
+        back = torch.as_tensor(cond['indicator']).reshape(-1, 1, 1) >= 2
+        return torch.where(back, images - text, torch.zeros_like(images))
+    stage.trained.velocity = velocity
     if 'caption_share' in arm:
-        assert stage(moments, ids, share)['caption flow'].abs().max() < 1e-10
+        assert stage(batch, Rng())['caption flow'].abs().max() < 1e-10
     else:
-        assert reverse_terms(stage.trained, stage.features(ids[:, 1]), images, ids[:, 1])['reverse'].abs().max() < 1e-10
+        assert reverse_terms(stage.trained, stage.features(batch['first_ids']), images, batch['first_ids'])['reverse'].abs().max() < 1e-10
     for steps in (1, 3):
-        assert torch.allclose(stage.trained.follow(images, True, steps), text, atol=1e-5)
+        assert torch.allclose(stage.trained.generate(images, Sampling(steps, 1.), stage.trained.backward_cond, reverse=True), text, atol=1e-5)
 
 
 def test_released_weights_are_fine_tuned_for_both_directions(folder, tmp_path):

@@ -23,13 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flowtok.training import optim as stepping
 from flowtok.training import fit as engine
 from flowtok.config import from_json, preset, recipe, stages, to_json
-from flowtok.flow.path import ShardedRandom
 from flowtok.training.checkpointing import Log, Stopped, checkpoints, newest_state, save_checkpoint, save_state
 from flowtok.models.flowtok import load_weights
 from flowtok.pipeline import FlowTokPipeline
 from flowtok.toy.shapes import write_shards
-from flowtok.training.tasks import Run, parse_changes, plan
-from flowtok.training.optim import Critics, Ema, make_optimizers, learning_rate_factor, train_step
+from flowtok.training.tasks import Run, plan, read_run
+from flowtok.config import parse_changes
+from flowtok.training.optim import Critics, Ema, ShardedRng, make_optimizers, learning_rate_factor, training_steps
 from flowtok.models.text import TextAutoencoder
 from flowtok.models.tokenizer import ImageTokenizer
 from flowtok.training.fit import cache_tokens, train
@@ -291,9 +291,9 @@ class Line(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.trained, self.weights = nn.Linear(3, 1), {'fit': 1.}
-        self.run = plan('text', changes=f'accumulate={parts} optimizer=adamw precision=fp32')
+        self.run = plan('text', changes=f'accumulate={parts} optimizer=adamw precision=fp32 warmup=0')
 
-    def forward(self, x, y, share): return {'fit': (self.trained(x) - y).square().mean(1)}
+    def forward(self, batch, rng): return {'fit': (self.trained(batch['x']) - batch['y']).square().mean(1)}
 
 
 @pytest.mark.skipif(not (shutil.which('g++') or os.environ.get('CXX')), reason='no C++ compiler here')
@@ -317,7 +317,7 @@ def test_parts_of_a_batch_add_up():
         stage, accelerator = Line(parts), Accelerator(cpu=True)
         model, optimizer = accelerator.prepare(stage, torch.optim.SGD(stage.trained.parameters(), .1))
         before = stage.trained.weight.detach().clone()
-        train_step(accelerator, model, stage, [optimizer], (x, y), ShardedRandom())
+        next(training_steps(accelerator, model, stage, [optimizer], Ema(stage.trained, .9), iter([{'x': x, 'y': y}]), ShardedRng.of(accelerator)))
         ends.append(stage.trained.weight.detach())
         AcceleratorState._reset_state(reset_partial_state=False)
         assert (ends[-1] - before).abs().max() > 1e-3
@@ -400,13 +400,14 @@ def test_no_step_waits_for_the_device(stage, shards, tmp_path):
     accelerator, learner = engine.setup(run)
     optimizers = make_optimizers(learner.trained, run.recipe)
     model, *optimizers = accelerator.prepare(learner, *optimizers)
-    critics, ema = Critics(run, learner, accelerator, None) if critics else None, Ema(learner.trained, .9)
+    critics, ema = Critics(run, accelerator, None) if critics else None, Ema(learner.trained, .9)
     assert critics is None or critics.of.active(0)
-    batch, share = next(engine.Batches(run, learner, accelerator.device)), ShardedRandom(torch.Generator(), host=torch.Generator())
-    with Waits(share.host) as waits:
-        for step in range(2):
-            terms = train_step(accelerator, model, learner, optimizers, batch, share, critics, step)
-            ema.update(step)
+    batch = next(engine.Batches(run, learner, accelerator.device))
+    rng = ShardedRng(torch.Generator(), host_generator=torch.Generator())
+    steps = training_steps(accelerator, model, learner, optimizers, ema, iter(lambda: batch, None), rng, 0, critics)
+    with Waits(rng.host_generator) as waits:
+        for _ in range(2):
+            _, terms = next(steps)
     AcceleratorState._reset_state(reset_partial_state=False)
     assert terms['loss'].isfinite() and not terms['broken'] and not waits.found
 
@@ -478,7 +479,7 @@ def command(*words, cwd):
 def test_the_command_line_trains_and_tells(shards, tmp_path):
     done = command('--stage', 'text', '--data', shards, '--out', 'run', '--recipe.learning-rate', '1e-3', '--tensorboard', cwd=tmp_path)
     assert done.returncode == 0 and 'step 4 of 4' in done.stdout, done.stderr[-2000:]
-    assert from_json((tmp_path / 'run/text/run.json').read_text(), Run).recipe.learning_rate == 1e-3
+    assert read_run((tmp_path / 'run/text/run.json').read_text()).recipe.learning_rate == 1e-3
     assert list((tmp_path / 'run/text').rglob('events.out.tfevents*'))
     done = command('--stage', 'text', '--data', shards, '--out', 'run', cwd=tmp_path)
     assert done.returncode == 0 and 'nothing to do' in done.stdout
@@ -544,8 +545,8 @@ def test_a_training_does_not_outlive_its_notebook(processes, shards, tmp_path):
     run = replace(short('text', shards, tmp_path, steps=100_000), save_every=100_000)
     run.folder.mkdir(parents=True)
     (run.folder / 'run.json').write_text(to_json(run))
-    code = (f"from pathlib import Path; from flowtok.config import from_json; from flowtok.training.launch import launch; from flowtok.training.tasks import Run; "
-            f"list(launch(from_json(Path({str(run.folder / 'run.json')!r}).read_text(), Run), {processes}))")
+    code = (f"from pathlib import Path; from flowtok.training.launch import launch; from flowtok.training.tasks import read_run; "
+            f"list(launch(read_run(Path({str(run.folder / 'run.json')!r}).read_text()), {processes}))")
     notebook = subprocess.Popen([sys.executable, '-c', code], env=os.environ | {'OMP_NUM_THREADS': '1'})
     while steps_logged(run) < 3 and notebook.poll() is None:
         time.sleep(.1)
@@ -573,7 +574,7 @@ def test_two_processes_stop_and_go_on(shards, tmp_path):
             break                                                # terminates the processes, which save
     state = newest_state(run)
     muon, learned = state['optimizers'][0]['state'], TextAutoencoder(preset('tiny')).named_parameters()
-    assert len(muon) == sum(p.ndim == 2 and ('blocks.' in name or 'layers.' in name) for name, p in learned)
+    assert len(muon) == sum(p.ndim == 2 and ('blocks.' in name or 'layers.' in name) for name, p in learned) and all(isinstance(name, str) for name in muon)
     assert state['step'] % 3 or state['step'] > 6
     list(launch(run, 2))
     steps = [json.loads(line)['step'] for line in (run.folder / 'log.jsonl').read_text().splitlines()]

@@ -147,7 +147,7 @@ def test_a_run_of_impossible_numbers_is_refused(name, value):
 
 
 def test_a_recipe_that_is_not_finite_is_refused():
-    from flowtok.training.tasks import parse_changes
+    from flowtok.config import parse_changes
     for name in ('learning_rate', 'kl_weight', 'clip', 'time_mean', 'ema'):
         for value in ('nan', 'inf'):
             with pytest.raises(ValueError):

@@ -16,7 +16,7 @@ from flowtok.data.convert import table_entries
 from flowtok.data.images import read_samples
 from flowtok.data.mixture import CaptionReader, ImageReader, Source, list_sources, use_sample
 from flowtok.pipeline import FlowTokPipeline
-from flowtok.training.tasks import parse_changes
+from flowtok.config import parse_changes
 
 usual = settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 scalars = st.one_of(st.none(), st.booleans(), st.integers(-10, 100), st.floats(), st.text(max_size=6))
