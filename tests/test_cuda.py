@@ -8,7 +8,7 @@ from flowtok.toy.shapes import write_shards
 from flowtok.models.fast import align_swiglu, fuse_gelu
 from flowtok.models.layers import MLP, SwiGLU
 from flowtok.pipeline import FlowTokPipeline
-from flowtok.training.fit import prepare, train
+from flowtok.training.fit import _prepare, train
 from flowtok.training.tasks import plan
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')]
@@ -64,7 +64,7 @@ def test_every_stage_trains_on_a_gpu(precision, tmp_path):
     write_shards(tmp_path / 'shards', 'train', 64)
     for stage in ('tokenizer', 'text', 'text-to-image', 'image-to-text'):
         run, lines = plan(stage, 'smoke', tmp_path / 'shards', tmp_path / 'out', changes=f'precision={precision}'), []
-        prepare(run)
+        _prepare(run)
         train(run, lines.append)
         assert run.weights.exists() and all(line['loss'] < 1e4 for line in lines)
     assert FlowTokPipeline.from_pretrained(tmp_path / 'out').to('cuda')('a blue star', 2)[0].size == (64, 64)

@@ -11,7 +11,7 @@ import torch
 from chromium import demo, jupyterlab, open_browser, programs, wait_for
 from readme import root
 
-from flowtok.demo import Studio
+from flowtok.demo import _Studio
 from flowtok.pipeline import FlowTokPipeline
 
 pictures = os.environ.get('FLOWTOK_SCREENSHOTS')  # a folder: screenshots are kept there
@@ -25,7 +25,7 @@ def close(a, b): return np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <=
 
 
 def test_a_seed_gives_its_image_whoever_else_draws(pipe):
-    studio, results = Studio(pipe), {}
+    studio, results = _Studio(pipe), {}
     alone = {seed: studio.draw('a blue star', 2, seed, steps=4) for seed in range(4)}
 
     def user(seed): results[seed] = studio.draw('a blue star', 2, seed, steps=4)

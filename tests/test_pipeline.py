@@ -21,8 +21,8 @@ from flowtok.config import preset
 from flowtok.evaluation.metrics import psnr
 from flowtok.flow.solver import Sampling
 from flowtok.models.flowtok import direction_config
-from flowtok.models.text import tell_truncation
-from flowtok.pipeline import PARTS, FlowTokPipeline, embedded_weights
+from flowtok.models.text import _tell_truncation
+from flowtok.pipeline import _PARTS, FlowTokPipeline, embedded_weights
 from flowtok.toy.shapes import captions, draw_scene, render
 from flowtok.toy.verifier import is_true
 
@@ -256,7 +256,7 @@ def test_a_device_without_float64_is_never_given_one(pipe):
                 assert not (isinstance(x, torch.Tensor) and x.device.type == 'meta' and x.dtype == torch.float64), function
             return result
     with torch.device('meta'), Watch():
-        other = FlowTokPipeline(pipe.config, **{stage.replace('-', '_'): PARTS[stage](direction_config(pipe.config, stage)) for stage in PARTS})
+        other = FlowTokPipeline(pipe.config, **{stage.replace('-', '_'): _PARTS[stage](direction_config(pipe.config, stage)) for stage in _PARTS})
         x = torch.zeros(4, 16, 16)
         other.text_to_image.generate(x, Sampling(2))
         other.tokenizer.decode(other.tokenizer.encode(torch.zeros(4, 3, 64, 64)).mean)
@@ -266,7 +266,7 @@ def test_a_device_without_float64_is_never_given_one(pipe):
 
 
 def test_a_long_prompt_is_cut_and_said_once(pipe):
-    tell_truncation.cache_clear()
+    _tell_truncation.cache_clear()
     with pytest.warns(UserWarning):
         pipe([' and '.join(['a red circle'] * 9)], 1)
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flowtok.models.released import (FLOWTOK_NAMES, KNOWN_HEADS, ROPE_KEYS, TOKEN_BUFFERS, flowtok_config, read_state,
-                                 released_shape, rename, tokenizer_config, tokenizer_names)
+from flowtok.models.released import (FLOWTOK_NAMES, _KNOWN_HEADS, ROPE_KEYS, _TOKEN_BUFFERS, flowtok_config, read_state,
+                                 _released_shape, rename, tokenizer_config, tokenizer_names)
 from flowtok.config import FlowConfig, FlowTokConfig, SamplingConfig, TextConfig, TokenizerConfig, from_json, preset
 from flowtok.flow.solver import sample
 from flowtok.models.flowtok import FlowTok
@@ -136,8 +136,8 @@ def test_names_are_one_to_one():
 def as_released(model, names):
     "The tensors of a network, named and shaped as a released file of that size has them."
     back = {ours: theirs for theirs, ours in names.items()}
-    state = {(k := rename(ours, back)): x.reshape(released_shape(k, x.shape)) for ours, x in model.state_dict().items()
-             if ours not in TOKEN_BUFFERS}
+    state = {(k := rename(ours, back)): x.reshape(_released_shape(k, x.shape)) for ours, x in model.state_dict().items()
+             if ours not in _TOKEN_BUFFERS}
     if names == tokenizer_names('rope'):
         for key in ROPE_KEYS:
             side, part = key.split('.')[0], key.split('_')[-1]
@@ -221,7 +221,7 @@ def test_heads_that_no_preset_knows():
             load_tokenizer(goldens / name / token_files[name], decoder_heads=4)
         with pytest.raises(ValueError, match='decoder_heads'):
             load_tokenizer(goldens / name / token_files[name], encoder_heads=4)
-    assert KNOWN_HEADS['num_heads'] == {384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 20}
+    assert _KNOWN_HEADS['num_heads'] == {384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 20}
 
 
 @torch.no_grad()

@@ -84,15 +84,12 @@ def direction_config(
     own = {'image-to-text': config.caption_flow, 'both': config.both}.get(stage)
     return replace(config, flow=own) if own else config
 
-# %% ../../nbs/models/04_flowtok.ipynb #87012318
+# %% ../../nbs/models/04_flowtok.ipynb #4a96f8fc
 class FlowTok(nn.Module):
     "FlowTok: velocity network, text projector and alignment target (paper, section 3)."
     training_only = 'alignment.', 'temperature'  # beginnings of names of weights that sampling does not need
 
-    def __init__(
-        self,
-        config: FlowTokConfig,  # with as many text tokens as image tokens
-    ):
+    def __init__(self, config: FlowTokConfig):  # with as many text tokens as image tokens
         super().__init__()
         if config.tokenizer.num_tokens != config.text.length:
             raise ValueError(f'A flow needs as many text tokens as image tokens, got {config.text.length} and {config.tokenizer.num_tokens}.')

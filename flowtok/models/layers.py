@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['grid_coordinates', 'rope_angles', 'apply_rope', 'RotaryTables', 'Attention', 'SwiGLU', 'MLP', 'Block',
-           'timestep_features', 'TimeEmbedding', 'sinusoid_positions', 'modulate', 'for_samples', 'ModulatedBlock',
-           'FinalLayer', 'float32_default', 'check_finite']
+           'timestep_features', 'TimeEmbedding', 'sinusoid_positions', 'modulate', 'ModulatedBlock', 'FinalLayer',
+           'float32_default', 'check_finite']
 
 # %% ../../nbs/models/01_layers.ipynb #96b7ebda
 import math
@@ -108,13 +108,10 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)                              # (b, heads, n, head_dim)
         return self.proj(x.transpose(1, 2).flatten(2))
 
-# %% ../../nbs/models/01_layers.ipynb #4b266a4d
+# %% ../../nbs/models/01_layers.ipynb #07fd0425
 class SwiGLU(nn.Module):
     "Gated feed-forward layer with SiLU."
-    def __init__(
-        self,
-        width: int,  # of a token
-    ):
+    def __init__(self, width: int):  # of a token
         super().__init__()
         hidden = int(2 / 3 * 4 * width)
         self.w12 = nn.Linear(width, 2 * hidden)
@@ -161,7 +158,7 @@ class Block(nn.Module):
         x = x + self.attn(self.norm1(x), rope)
         return x + self.mlp(self.norm2(x))
 
-# %% ../../nbs/models/01_layers.ipynb #f704804e
+# %% ../../nbs/models/01_layers.ipynb #3e7f215f
 def timestep_features(
     t: Tensor,  # time in [0, 1], (b,)
     dim: int = 256,  # of the result, even
@@ -185,10 +182,7 @@ class TimeEmbedding(nn.Module):
         self.features = features
         self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(
-        self,
-        t: Tensor,  # time in [0, 1], (b,)
-    ) -> Tensor:  # (b, width)
+    def forward(self, t: Tensor) -> Tensor:  # time in [0, 1], (b,) -> (b, width)
         return self.mlp(timestep_features(t, self.features).to(self.mlp[0].weight.dtype))
 
 # %% ../../nbs/models/01_layers.ipynb #160ba3c0
@@ -201,7 +195,7 @@ def sinusoid_positions(
     angles = torch.arange(n, dtype=torch.float64, device='cpu')[:, None] * frequencies         # (n, width / 2)
     return torch.cat([angles.sin(), angles.cos()], 1).float().to(torch.get_default_device())
 
-# %% ../../nbs/models/01_layers.ipynb #5300b348
+# %% ../../nbs/models/01_layers.ipynb #3ce1ea7a
 def modulate(
     x: Tensor,  # (b, n, width)
     shift: Tensor,  # (b, width)
@@ -211,7 +205,7 @@ def modulate(
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def for_samples(rows: Tensor, x: Tensor) -> Tensor:  # (g, ...), (b, ...) -> (b, ...)
+def _for_samples(rows: Tensor, x: Tensor) -> Tensor:  # (g, ...), (b, ...) -> (b, ...)
     "One row for each sample, where one belongs to each of g equal groups of samples."
     return rows if len(rows) == len(x) else rows.repeat_interleave(len(x) // len(rows), 0)
 
@@ -235,11 +229,11 @@ class ModulatedBlock(nn.Module):
         x: Tensor,  # (b, n, width)
         modulation: Tensor,  # `self.modulation` of the condition, (b, 6 width); or (g, 6 width), one for each of g equal groups of samples
     ) -> Tensor:  # (b, n, width)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = for_samples(modulation, x).to(x.dtype).chunk(6, -1)   # (b, width) each
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _for_samples(modulation, x).to(x.dtype).chunk(6, -1)   # (b, width) each
         x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
         return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
-# %% ../../nbs/models/01_layers.ipynb #dfe3f8bd
+# %% ../../nbs/models/01_layers.ipynb #588c02ba
 class FinalLayer(nn.Module):
     "Modulated norm and linear layer from the tokens to the velocity."
     def __init__(
@@ -257,7 +251,7 @@ class FinalLayer(nn.Module):
         x: Tensor,  # (b, n, width)
         modulation: Tensor,  # as in `ModulatedBlock`, (b, 2 width) or (g, 2 width)
     ) -> Tensor:  # (b, n, out)
-        shift, scale = for_samples(modulation, x).chunk(2, -1)                   # (b, width) each
+        shift, scale = _for_samples(modulation, x).chunk(2, -1)                   # (b, width) each
         return self.linear(modulate(self.norm(x), shift, scale))
 
 # %% ../../nbs/models/01_layers.ipynb #5c6520a8

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stage_classes', 'weights_file', 'Run', 'read_run', 'vocabulary_for', 'plan', 'check_perceptual', 'earlier_weights',
-           'initial_weights', 'Stage', 'TokenizerStage', 'TextStage', 'FlowStage', 'BothStage', 'SecondDirection']
+           'initial_weights', 'Stage', 'TokenizerStage', 'TextStage', 'FlowStage', 'BothStage']
 
 # %% ../../nbs/training/01_tasks.ipynb #2ce1171f
 import shutil
@@ -387,7 +387,7 @@ class FlowStage(Stage):
         z = self.trained.generate(x0, Sampling(settings.steps, guidance, settings.guidance_interval), self.cond(batch))
         return {'images': self.tokenizer.decode(self.tokenizer.from_flow(z))}
 
-# %% ../../nbs/training/01_tasks.ipynb #67de6632
+# %% ../../nbs/training/01_tasks.ipynb #7a76191d
 class BothStage(FlowStage):
     "One network for text to image and image to text."
     kind = TwoWayFlowTok
@@ -420,7 +420,7 @@ class BothStage(FlowStage):
             with torch.no_grad():
                 text_tokens = self.noisy(self.projector(self.features(ids[-n:])), r.text_noise, rng)
             tokens, own = self.image_tokens(moments[-n:], rng), replace(r, time_sampling='mixture', indicator_probability=0.)
-            losses['caption flow'] = flow_terms(SecondDirection(self.trained), tokens, text_tokens, own, rng)['flow']
+            losses['caption flow'] = flow_terms(_SecondDirection(self.trained), tokens, text_tokens, own, rng)['flow']
         return losses
 
     @torch.no_grad()
@@ -431,7 +431,7 @@ class BothStage(FlowStage):
         return super().samples(batch) | {'captions': self.text_encoder.decode_ids(self.trained.decoder(z).argmax(-1))}
 
 
-class SecondDirection:
+class _SecondDirection:
     "A two-way network as a model of image to text, for its flow loss."
 
     def __init__(self, model: TwoWayFlowTok): self.velocity = model.image_to_text_velocity

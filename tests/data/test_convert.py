@@ -18,7 +18,7 @@ from flowtok.data import convert as shards
 from flowtok.data.images import captions_of, find_shards, read_samples
 from flowtok.files import data_identity
 from flowtok import cli
-from flowtok.data.convert import Dropped, ImageEntry, convert_images, folder_entries, make_sample, pack_image
+from flowtok.data.convert import _Dropped, ImageEntry, convert_images, folder_entries, _make_sample, _pack_image
 
 
 def image_file(kind='JPEG', size=(40, 30), mode='RGB', **options):
@@ -147,7 +147,7 @@ def test_folder_with_a_table(here, capsys, ending, image, caption, options):
 
 def test_texts_become_numbers_only_where_they_are_finite_numbers():
     values = {'5': 5, '-1.5e3': -1500., **{text: text for text in ('007', 'NaN', '1e999', 'true', '', '5 m')}}
-    assert {text: shards.number_or_text(text) for text in values} == values and shards.number_or_text(None) is None
+    assert {text: shards._number_or_text(text) for text in values} == values and shards._number_or_text(None) is None
 
 
 # images
@@ -155,8 +155,8 @@ def test_texts_become_numbers_only_where_they_are_finite_numbers():
 @pytest.mark.parametrize('kind, ending', [('JPEG', 'jpg'), ('PNG', 'png'), ('WEBP', 'webp')])
 def test_bytes_are_kept_unless_an_image_is_too_large(kind, ending):
     data = image_file(kind)
-    for size in (None, 30, 100): assert pack_image(data, size)[:2] == (ending, data)
-    packed = pack_image(data, 15)
+    for size in (None, 30, 100): assert _pack_image(data, size)[:2] == (ending, data)
+    packed = _pack_image(data, 15)
     assert packed[0] == ending and Image.open(io.BytesIO(packed[1])).size == (20, 15)
     assert packed[2] == dict(width=20, height=15, original_width=40, original_height=30)
 
@@ -164,27 +164,27 @@ def test_bytes_are_kept_unless_an_image_is_too_large(kind, ending):
 def test_a_smaller_image_is_upright_and_transparent_still():
     exif = Image.Exif()
     exif[274] = 6                                   # turn by a quarter
-    turned = pack_image(image_file(exif=exif), 15)
+    turned = _pack_image(image_file(exif=exif), 15)
     assert Image.open(io.BytesIO(turned[1])).size == (15, 20) and turned[2]['original_height'] == 40
-    assert Image.open(io.BytesIO(pack_image(image_file('PNG', mode='RGBA'), 15)[1])).mode == 'RGBA'
-    for mode in ('L', 'CMYK'): assert Image.open(io.BytesIO(pack_image(image_file(mode=mode), 15)[1])).mode == 'RGB'
+    assert Image.open(io.BytesIO(_pack_image(image_file('PNG', mode='RGBA'), 15)[1])).mode == 'RGBA'
+    for mode in ('L', 'CMYK'): assert Image.open(io.BytesIO(_pack_image(image_file(mode=mode), 15)[1])).mode == 'RGB'
     sixteen = io.BytesIO()
     Image.fromarray(np.full((30, 40), 40_000, np.uint16)).save(sixteen, 'PNG')
-    assert pack_image(sixteen.getvalue(), 15)[1] == sixteen.getvalue()
+    assert _pack_image(sixteen.getvalue(), 15)[1] == sixteen.getvalue()
 
 
 @pytest.mark.parametrize('data, reason', [
     (b'', 'unreadable image'), (b'<html>', 'unreadable image'), (image_file()[:600], 'unreadable image'),
     (image_file('PNG')[:600], 'unreadable image'), (image_file('GIF', mode='P')[:200], 'unreadable image'), (b'<svg></svg>', 'unreadable image')])
 def test_broken_images(data, reason):
-    with pytest.raises(Dropped, match=reason): pack_image(data)
+    with pytest.raises(_Dropped, match=reason): _pack_image(data)
 
 
 @pytest.mark.parametrize('side', [10_000, 15_000])  # Pillow warns of the first and refuses the second
 def test_decompression_bombs(side):
     stream = io.BytesIO()
     Image.new('1', (side, side)).save(stream, 'PNG')
-    with pytest.raises(Dropped): pack_image(stream.getvalue())
+    with pytest.raises(_Dropped): _pack_image(stream.getvalue())
 
 
 def test_reasons(here):
@@ -193,7 +193,7 @@ def test_reasons(here):
     (here / 'mine/empty.txt').write_text(' \n')
     (here / 'mine/folder.jpg').mkdir()
 
-    def reason(file, captions=('yes',), key='1'): return make_sample(ImageEntry(key, file, captions, {}), here / 'mine')
+    def reason(file, captions=('yes',), key='1'): return _make_sample(ImageEntry(key, file, captions, {}), here / 'mine')
 
     for file in ('../secret.jpg', str(here / 'secret.jpg'), 'sub/../../secret.jpg', 'sub/../b.png'):
         assert reason(file) == 'unsafe name'
@@ -206,7 +206,7 @@ def test_reasons(here):
 
 def test_captions_of_several_lines_are_several_captions(here):
     (here / 'mine/b.txt').write_text('a cat\n\n ein Kater \n')
-    assert captions_of(make_sample(ImageEntry('1', 'b.png', None, {}), here / 'mine')) == ['a cat', 'ein Kater']
+    assert captions_of(_make_sample(ImageEntry('1', 'b.png', None, {}), here / 'mine')) == ['a cat', 'ein Kater']
 
 
 def test_stamps_have_an_english_line_and_translations(here, capsys):
@@ -239,10 +239,10 @@ def test_images_of_any_format_small_ones_long_ones_and_drawings(here):
         assert {ending for sample in samples.values() for ending in sample if not ending.startswith('__')} == {'png', 'jpg', 'txt', 'json'} - ({'jpg'} if 'min_side' in how else set())
         long = Image.open(io.BytesIO(samples['e']['png']))
         assert long.size == size and (np.asarray(long)[0, 0] == (255 if how.get('fit') else (255, 0, 0))).all()
-    sizes = pack_image(image_file('PNG', (40, 20)), 16, 'pad')[2]                # the whole image within 16 pixels
+    sizes = _pack_image(image_file('PNG', (40, 20)), 16, 'pad')[2]                # the whole image within 16 pixels
     assert sizes == dict(width=16, height=16, original_width=40, original_height=20)
     for how in ((None, 'crop', 21), (16, 'crop', 21), (16, 'pad', 21)):          # the shorter side as it came
-        with pytest.raises(Dropped): pack_image(image_file('PNG', (40, 20)), *how)
+        with pytest.raises(_Dropped): _pack_image(image_file('PNG', (40, 20)), *how)
     with pytest.raises(ValueError, match='fit.*crop.*stretch'):
         convert_images('any', entries, folder, here / 'other', fit='stretch')
 

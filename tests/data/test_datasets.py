@@ -10,7 +10,7 @@ from PIL import Image
 datasets = pytest.importorskip('datasets', reason="needs pip install 'flowtok[hf]'")
 
 from flowtok.cli import main
-from flowtok.data.convert import convert_dataset, dataset_rows, local_data
+from flowtok.data.convert import convert_dataset, _dataset_rows, local_data
 from flowtok.data.images import captions_of, find_shards, read_samples
 
 
@@ -50,7 +50,7 @@ def test_a_data_set_becomes_shards(folder, tmp_path, capsys):
 
 
 def test_rows_are_read_as_they_are_needed(folder):
-    rows, columns = dataset_rows(str(folder))
+    rows, columns = _dataset_rows(str(folder))
     assert columns == ['picture', 'words', 'score'] and next(rows)['picture']['bytes'] == png(0)
 
 

@@ -158,9 +158,9 @@ def test_unsafe_names_are_left_out(tmp_path):
 
 def test_a_small_shard_is_read_from_its_file_once(tmp_path, monkeypatch):
     (path,) = write_shards(tmp_path, 'train', 5)
-    data.shard_cache.clear()
-    passes, parse = [], data.parse_shard
-    monkeypatch.setattr(data, 'parse_shard', lambda shard, faults: passes.append(shard) or parse(shard, faults))
+    data._shard_cache.clear()
+    passes, parse = [], data._parse_shard
+    monkeypatch.setattr(data, '_parse_shard', lambda shard, faults: passes.append(shard) or parse(shard, faults))
     first, second = ([dict(sample) for sample in data.read_shard(str(path), Counter())] for _ in range(2))
     assert first == second and len(first) == 5 and passes == [str(path)]
     second[0]['txt'] = b'changed'
@@ -170,7 +170,7 @@ def test_a_small_shard_is_read_from_its_file_once(tmp_path, monkeypatch):
 def test_a_shard_that_changed_is_read_again(tmp_path):
     (path,) = write_shards(tmp_path / 'a', 'train', 3)
     (other,) = write_shards(tmp_path / 'b', 'train', 4)
-    data.shard_cache.clear()
+    data._shard_cache.clear()
     assert len(list(data.read_shard(str(path), Counter()))) == 3
     path.write_bytes(other.read_bytes())
     assert len(list(data.read_shard(str(path), Counter()))) == 4
@@ -180,22 +180,22 @@ def test_faults_are_counted_in_every_pass_and_memory_is_bounded(tmp_path, monkey
     (path,) = write_shards(tmp_path / 'a', 'train', 3)
     broken = tmp_path / 'broken.tar'
     broken.write_bytes(path.read_bytes()[:9000])
-    data.shard_cache.clear()
+    data._shard_cache.clear()
     counts = [Counter(), Counter()]
     found = [len(list(data.read_shard(str(broken), faults))) for faults in counts]
     assert counts[0] == counts[1] and counts[0]['shard: broken'] == 1 and found[0] == found[1]
-    monkeypatch.setattr(data, 'SHARD_CACHE_BYTES', path.stat().st_size + 1)
-    data.cache_shard(('x', path.stat().st_size, 0), [], Counter())
-    data.cache_shard(('y', path.stat().st_size, 0), [], Counter())
-    assert [key[0] for key in data.shard_cache] == ['y']
-    data.shard_cache.clear()
+    monkeypatch.setattr(data, '_SHARD_CACHE_BYTES', path.stat().st_size + 1)
+    data._cache_shard(('x', path.stat().st_size, 0), [], Counter())
+    data._cache_shard(('y', path.stat().st_size, 0), [], Counter())
+    assert [key[0] for key in data._shard_cache] == ['y']
+    data._shard_cache.clear()
 
 
 def test_a_pass_that_is_broken_off_keeps_nothing(tmp_path):
     (path,) = write_shards(tmp_path, 'train', 5)
-    data.shard_cache.clear()
+    data._shard_cache.clear()
     next(data.read_shard(str(path), Counter()))
-    assert not data.shard_cache
+    assert not data._shard_cache
 
 
 def test_a_grid_shows_every_image_with_its_caption():

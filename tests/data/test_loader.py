@@ -19,10 +19,10 @@ from made import image, saved, write
 
 import flowtok.data.images as images
 import flowtok.data.loader as streams
-from flowtok.data.images import MAX_CAPTION, Skip, captions_of, find_shards, read_samples, read_shard
-from flowtok.data.mixture import (ImageReader, Source, TokenReader, check_filters, choose_caption, find_sources, paper_sources,
+from flowtok.data.images import _MAX_CAPTION, Skip, captions_of, find_shards, read_samples, read_shard
+from flowtok.data.mixture import (ImageReader, Source, TokenReader, _check_filters, _choose_caption, find_sources, paper_sources,
                              use_sample)
-from flowtok.data.loader import NoSamples, shuffle_buffer, open_batches, part_of_pass
+from flowtok.data.loader import NoSamples, _shuffle_buffer, open_batches, _part_of_pass
 
 
 # sources ---------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def test_wrong_list_gets_a_sentence(tmp_path, text, error, named):
 def test_filters_are_those_of_table_5():
     def passes(source, facts, **files):
         try:
-            check_filters({'json': json.dumps(facts).encode(), **files}, source)
+            _check_filters({'json': json.dumps(facts).encode(), **files}, source)
         except Skip as reason:
             return str(reason)
     strict = paper_sources['datacomp-6']
@@ -87,16 +87,16 @@ def test_filters_are_those_of_table_5():
 def test_recaptions_come_as_often_as_they_should():
     source = Source('', recaption_key='recap_txt', recaption_probability=.9)
     sample = {'txt': b'alt', 'recap_txt': b'The image displays two cats.', 'json': b'{"told": "The image of a cat"}'}
-    said = Counter(choose_caption(dict(sample), source, np.random.default_rng(i)) for i in range(1000))
+    said = Counter(_choose_caption(dict(sample), source, np.random.default_rng(i)) for i in range(1000))
     assert set(said) == {'Two cats.', 'alt'} and 870 < said['Two cats.'] < 930
     always = replace(source, recaption_key='told', recaption_probability=1.)
-    assert choose_caption(sample, always, np.random.default_rng(0)) == 'The image of a cat'
-    assert choose_caption({'txt': b'alt'}, always, np.random.default_rng(0)) == 'alt'        # there is none: no loss
+    assert _choose_caption(sample, always, np.random.default_rng(0)) == 'The image of a cat'
+    assert _choose_caption({'txt': b'alt'}, always, np.random.default_rng(0)) == 'alt'        # there is none: no loss
 
 
 def test_one_of_many_captions_or_the_first():
     sample = {'json': json.dumps({'captions': ['a', 'b', 'c']}).encode()}
-    draw = lambda first: {choose_caption(sample, Source(''), np.random.default_rng(i), first) for i in range(30)}
+    draw = lambda first: {_choose_caption(sample, Source(''), np.random.default_rng(i), first) for i in range(30)}
     assert draw(True) == {'a'} and draw(False) == {'a', 'b', 'c'}
 
 
@@ -143,7 +143,7 @@ def test_every_fault_is_counted_under_its_reason(reason, tmp_path):
     if reason != 'repaired: first image of several':                           # a gif is in P, too
         assert counts == wanted
     assert counts[reason] == len(changed) and sum(row is not None for row in rows) == counts['kept']
-    assert all(len(row[1]) <= MAX_CAPTION and row[0].shape == (size, size, 3) for row in rows if row)
+    assert all(len(row[1]) <= _MAX_CAPTION and row[0].shape == (size, size, 3) for row in rows if row)
 
 
 def test_missing_json_is_fine_and_the_limit_is_an_argument(tmp_path):
@@ -196,14 +196,14 @@ def same(a, b):
 
 def test_visits_of_all_streams_are_epochs():
     for shards, S in ((3, 8), (8, 3), (5, 5)):
-        visits = [part_of_pass(n // S, n % S, S, shards, 7, 0) for n in range(shards * 6)]
+        visits = [_part_of_pass(n // S, n % S, S, shards, 7, 0) for n in range(shards * 6)]
         epochs = [tuple(visits[i:i + shards]) for i in range(0, len(visits), shards)]
         assert all(sorted(epoch) == list(range(shards)) for epoch in epochs) and len(set(epochs)) > 1
 
 
 def test_mixing_loses_nothing():
     for size in (1, 3, 50):
-        mixed = list(shuffle_buffer(iter(range(20)), size, np.random.default_rng(0)))
+        mixed = list(_shuffle_buffer(iter(range(20)), size, np.random.default_rng(0)))
         assert sorted(mixed) == list(range(20)) and (mixed == list(range(20))) == (size == 1)
 
 
@@ -284,7 +284,7 @@ def test_small_sets_are_read_evenly(shards, samples, world_size, workers, tmp_pa
 
 def test_parts_of_a_large_shard_are_its_samples_once(tmp_path, monkeypatch):
     "Of a shard too large to keep in memory, each part reads its own samples only; what is wrong is counted once."
-    monkeypatch.setattr(images, 'SHARD_CACHE_BYTES', 0)
+    monkeypatch.setattr(images, '_SHARD_CACHE_BYTES', 0)
     write(tmp_path / '0.tar', [{'png': image(seed=i), 'txt': f'{i}'.encode()} for i in range(20)])
     with tarfile.open(tmp_path / '0.tar', 'a') as tar:
         tar.addfile(tarfile.TarInfo('../x.png'), io.BytesIO())
@@ -333,7 +333,7 @@ def test_hopeless_data_end_with_a_sentence(folder, tmp_path, workers, monkeypatc
     with pytest.raises(NoSamples, match='bad.*4.*4') as told:
         take(run, 100)
     assert '\n' not in str(told.value)
-    monkeypatch.setattr(streams, 'PATIENCE', 20)
+    monkeypatch.setattr(streams, '_PATIENCE', 20)
     with pytest.raises(NoSamples, match='3.*5.*20'):
         take(open_batches([Source(str(folder), aesthetic_key='score')], ImageReader(16), 4, workers=workers), 1)
 

@@ -9,7 +9,7 @@ from made import image, write
 
 from flowtok.data.token_cache import write_token_cache
 from flowtok.data.images import captions_of, decode_image, find_shards, read_moments, read_samples
-from flowtok.data.mixture import Source, TokenReader, choose_caption, find_sources
+from flowtok.data.mixture import Source, TokenReader, _choose_caption, find_sources
 from flowtok.data.loader import NoSamples, open_batches
 
 
@@ -109,7 +109,7 @@ def test_cache_keeps_sources_captions_and_facts_and_counts_the_rest(folder, tmp_
     cached = next(read_samples(find_shards(read.shards)))
     assert captions_of(cached) == ['told']
     assert json.loads(cached['json']) == {'score': 7, 'title': 'told', 'captions': ['told']}
-    assert {choose_caption(cached, read, np.random.default_rng(i)) for i in range(20)} == {'told', 'It.'}
+    assert {_choose_caption(cached, read, np.random.default_rng(i)) for i in range(20)} == {'told', 'It.'}
     write_token_cache([sources[0], replace(web, weight=5.)], encode, cache, 16)              # weights may change
     assert find_sources(cache)[1].weight == 5
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from flowtok.evaluation import benchmark
 from flowtok.evaluation.benchmark import draw_captions, generate_images, group_of, fid_scores, read_images, summary
-from flowtok.toy.mock import MJHQ_CATEGORIES, make_coco, make_mjhq
+from flowtok.toy.mock import _MJHQ_CATEGORIES, make_coco, make_mjhq
 from flowtok.config import preset
 from flowtok.evaluation.features import find_extractors
 from flowtok.pipeline import FlowTokPipeline
@@ -29,8 +29,8 @@ def test_the_double_of_coco_has_its_layout(tmp_path):
 
 def test_the_double_of_mjhq_has_its_layout(tmp_path):
     file = make_mjhq(tmp_path, 20)
-    assert {len(list((tmp_path / category).iterdir())) for category in MJHQ_CATEGORIES} == {2}
-    assert len(MJHQ_CATEGORIES) == 10
+    assert {len(list((tmp_path / category).iterdir())) for category in _MJHQ_CATEGORIES} == {2}
+    assert len(_MJHQ_CATEGORIES) == 10
     assert convert_images('mjhq', mjhq_entries(file), tmp_path, tmp_path / 'shards')['counts'] == {'kept': 20}
 
 

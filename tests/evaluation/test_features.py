@@ -16,7 +16,7 @@ def some_images(n=3, h=40, w=56, seed=0):
 
 def test_clean_is_pillows_bicubic_in_floating_point():
     images = some_images()
-    small = features.resize_clean(images, 30)
+    small = features._resize_clean(images, 30)
     plane = (255 * images[1, 2]).round().numpy().astype(np.float32)
     assert np.array_equal(small[1, 2].numpy(), np.asarray(Image.fromarray(plane).resize((30, 30), Image.Resampling.BICUBIC)).clip(0, 255))
     assert small.min() >= 0 and small.max() <= 255 and not torch.equal(small, small.round())
@@ -30,7 +30,7 @@ def test_both_ways_leave_an_image_of_the_right_size_alone():
 
 def test_tf_takes_every_fourth_pixel():
     images = some_images(h=64, w=64)
-    assert torch.allclose(features.resize_tf(images, 16), (255 * images).round()[:, :, ::4, ::4])
+    assert torch.allclose(features._resize_tf(images, 16), (255 * images).round()[:, :, ::4, ::4])
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def network(tmp_path, monkeypatch):
     extractor = pytest.importorskip('torch_fidelity.feature_extractor_inceptionv3').FeatureExtractorInceptionV3
     monkeypatch.setattr(extractor, 'load_state_dict', lambda self, state: None)
     torch.save({}, tmp_path / 'weights.pth')
-    monkeypatch.setattr(features, 'INCEPTION_SHA256', hashlib.sha256((tmp_path / 'weights.pth').read_bytes()).hexdigest())
+    monkeypatch.setattr(features, '_INCEPTION_SHA256', hashlib.sha256((tmp_path / 'weights.pth').read_bytes()).hexdigest())
     torch.manual_seed(0)
     return features.load_inception(tmp_path / 'weights.pth')
 
@@ -47,22 +47,22 @@ def network(tmp_path, monkeypatch):
 def test_features_are_torch_fidelitys(network):
     images = some_images(2, 80, 80)
     expected, = network((255 * images).round().to(torch.uint8))
-    found = features.inception_features(network, features.resize_tf(images))
+    found = features._inception_features(network, features._resize_tf(images))
     assert found.shape == (2, 2048) and np.allclose(found, expected.numpy(), rtol=1e-3, atol=0)
-    clean = features.inception_features(network, features.resize_clean(images))
+    clean = features._inception_features(network, features._resize_clean(images))
     assert clean.shape == (2, 2048) and not np.allclose(clean, found, rtol=1e-2, atol=0)
 
 
 def test_other_weights_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(features.torch.hub, 'get_dir', lambda: str(tmp_path))
-    assert features.find_inception() is None and features.find_extractors()['tf'].stand_in
+    assert features._find_inception() is None and features.find_extractors()['tf'].stand_in
     (tmp_path / 'checkpoints').mkdir()
-    file = tmp_path / 'checkpoints' / features.INCEPTION_FILE
+    file = tmp_path / 'checkpoints' / features._INCEPTION_FILE
     file.write_bytes(b'pickle')
     with pytest.raises(ValueError, match='256'):
         features.find_extractors()
-    monkeypatch.setattr(features, 'INCEPTION_SHA256', __import__('hashlib').sha256(b'pickle').hexdigest())
-    assert features.find_inception() == file
+    monkeypatch.setattr(features, '_INCEPTION_SHA256', __import__('hashlib').sha256(b'pickle').hexdigest())
+    assert features._find_inception() == file
 
 
 def test_a_kept_reference_is_not_looked_at_again(tmp_path):
@@ -133,8 +133,8 @@ def test_clip_scores_are_cosines_in_percent():
 
 def test_the_activation_belongs_to_the_weights(tmp_path):
     pytest.importorskip('open_clip')
-    assert features.clip_activation('openai', 'ViT-L-14') == features.clip_activation(str(tmp_path / 'openai.pt'), 'ViT-L-14') == 'quick_gelu'
-    assert features.clip_activation('laion2b_s32b_b82k', 'ViT-L-14') == 'gelu'
+    assert features._clip_activation('openai', 'ViT-L-14') == features._clip_activation(str(tmp_path / 'openai.pt'), 'ViT-L-14') == 'quick_gelu'
+    assert features._clip_activation('laion2b_s32b_b82k', 'ViT-L-14') == 'gelu'
     found = {}
     for activation in ('', 'quick_gelu', 'gelu'):
         torch.manual_seed(0)

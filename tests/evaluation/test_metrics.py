@@ -115,8 +115,8 @@ def test_intervals_hold_the_score_and_are_of_the_images_drawn():
         (low, high), (least, most) = half['intervals'][name], right['intervals'][name]
         assert low < half[name] < high and most - least < high - low, name
     assert right['intervals']['BLEU-4'] == pytest.approx((100, 100))
-    assert metrics.draws_interval(lambda rows: rows.mean(), 101) == metrics.draws_interval(lambda rows: rows.mean(), 101)
-    low, high = metrics.draws_interval(lambda rows: np.arange(100)[rows].mean(), 100, draws=2000)
+    assert metrics._draws_interval(lambda rows: rows.mean(), 101) == metrics._draws_interval(lambda rows: rows.mean(), 101)
+    low, high = metrics._draws_interval(lambda rows: np.arange(100)[rows].mean(), 100, draws=2000)
     assert high - low == pytest.approx(2 * 1.96 * np.arange(100).std() / 10, rel=.1)
 
 
@@ -149,7 +149,7 @@ def test_a_failing_program_gives_none_and_its_reason(monkeypatch):
 
     def fails(name, references, candidates):
         raise OSError('no memory')
-    monkeypatch.setattr(metrics, 'score_captions', fails)
+    monkeypatch.setattr(metrics, '_score_captions', fails)
     scores = metrics.caption_scores(candidates, references)
     assert scores['CIDEr'] is None and 'no memory' in scores['not_available']['CIDEr']
 

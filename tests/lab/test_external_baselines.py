@@ -37,8 +37,8 @@ def test_an_image_costs_its_steps_and_one_decoding(monkeypatch):
     def clock(work, b, repeats):
         sizes.append(b)
         return {'evaluate': .5, 'decode': 2.}[work]
-    monkeypatch.setattr(peers, 'shortest', clock)
-    timed = peers.Timed(0, 'evaluate', 'decode')
+    monkeypatch.setattr(peers, '_shortest', clock)
+    timed = peers._Timed(0, 'evaluate', 'decode')
     assert peers.speed_of(timed, 20, 1., 6) == {'images/s': 6 / 12, 'evaluation (s)': .5, 'decoding (s)': 2.}
     assert peers.speed_of(timed, 20, 7.5, 6)['images/s'] == 6 / 12 and sizes == [6, 6, 12, 6]
 
@@ -47,8 +47,8 @@ def test_a_training_step_goes_back_and_leaves_nothing():
     network = torch.nn.Linear(2, 1)
     seen = []
     network.weight.register_hook(lambda grad: seen.append(1))
-    learn = peers.learning(network, lambda b: network(torch.ones(b, 2)))
-    found = peers.speed_of(peers.Timed(0, lambda b: network(torch.ones(b, 2)), lambda b: torch.ones(b), learn), 2, 1., 3, 1)
+    learn = peers._learning(network, lambda b: network(torch.ones(b, 2)))
+    found = peers.speed_of(peers._Timed(0, lambda b: network(torch.ones(b, 2)), lambda b: torch.ones(b), learn), 2, 1., 3, 1)
     assert found['training samples/s'] > 0 and len(seen) == 2 and network.weight.grad is None
 
 
@@ -64,13 +64,13 @@ def test_the_pipeline_is_timed_from_prompt_to_image(monkeypatch):
     def clock(work, b, repeats):
         shapes.append(tuple(work(b).shape))
         return .5
-    monkeypatch.setattr(peers, 'shortest', clock)
+    monkeypatch.setattr(peers, '_shortest', clock)
     assert peers.pipeline_speeds(pipe, ['a red star'] * 3, 2, (1., 2.)) == {1.: 6., 2.: 6.} and shapes == [(3, 3, 64, 64)] * 2
     peers.ready(pipe, 'cuda')                                                    # precision alone: nothing is moved
     assert torch.float16 in {p.dtype for p in pipe.text_to_image.parameters()}
 
 
 def test_full_sizes_run_through_their_pipeline():
-    small = peers.shrink(preset('xl'))
+    small = peers._shrink(preset('xl'))
     pipe = peers.random_pipeline(replace(small, text=replace(small.text, width=preset('xl').text.width)))    # CLIP's tower has one width
     assert peers.pipeline_speeds(pipe, ['a red star'], 1, (2.,), 1)[2.] > 0

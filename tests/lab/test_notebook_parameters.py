@@ -32,7 +32,7 @@ def repository(tmp_path, monkeypatch):
     (tmp_path / 'foreign').mkdir()
     nbformat.write(notebook, tmp_path / 'foreign' / 'train.ipynb')
     monkeypatch.chdir(root)
-    monkeypatch.delenv(runs.RUN_FOLDER, raising=False)
+    monkeypatch.delenv(runs._RUN_FOLDER, raising=False)
     return root
 
 
@@ -138,9 +138,9 @@ def test_results_that_cannot_be_written_are_said_at_once(repository):
     ['nbs/train.ipynb'], ['-p', 'scale', 'xl', 'nbs/train.ipynb'], ['nbs/train.ipynb', '-pscale', 'xl', '-ra', 'b'],
     ['--cwd=nbs', '-f', 'x.yaml', '--', 'nbs/train.ipynb'], ['-k', 'python3', '--no-progress-bar', 'nbs/train.ipynb']])
 def test_every_way_to_write_options_leaves_one_notebook(repository, words):
-    call = runs.parse_papermill(papermill, words)
+    call = runs._parse_papermill(papermill, words)
     assert (call.notebook, call.output) == ('nbs/train.ipynb', '')
-    assert runs.with_run_folder(papermill, words)[:-1] == words
+    assert runs._with_run_folder(papermill, words)[:-1] == words
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def resumable(repository):
 
 
 def folder_of(*words):
-    return Path(runs.with_run_folder(papermill, ['nbs/train.ipynb', *words])[-1]).parent
+    return Path(runs._with_run_folder(papermill, ['nbs/train.ipynb', *words])[-1]).parent
 
 
 def test_the_same_line_typed_again_goes_on_in_its_folder(resumable):
@@ -173,7 +173,7 @@ def test_a_folder_asked_for_holds_the_notebook_too(resumable, tmp_path):
     ['-p', 'nbs/train.ipynb', 'x'], ['--version', 'nbs/train.ipynb'], ['nbs/train.ipynb', '-p', 'scale'], ['-h'],
     ['s3://nbs/train.ipynb'], ['nbs'], ['settings.ini'], ['nbs/train.ipynb', 'a', 'b']])
 def test_every_other_call_is_left_to_papermill(repository, words):
-    assert runs.with_run_folder(papermill, words) is None and not (repository / 'papers_results').exists()
+    assert runs._with_run_folder(papermill, words) is None and not (repository / 'papers_results').exists()
 
 
 def test_a_relative_folder_counts_from_the_root(repository, monkeypatch):
@@ -183,7 +183,7 @@ def test_a_relative_folder_counts_from_the_root(repository, monkeypatch):
 
 
 def test_the_folder_check_leaves_nothing_behind(tmp_path):
-    assert not list(runs.check_output_folder(tmp_path / 'a' / 'b').iterdir())
+    assert not list(runs._check_output_folder(tmp_path / 'a' / 'b').iterdir())
 
 
 def test_parameters_that_papermill_adds_itself_are_known():
@@ -196,4 +196,4 @@ def test_parameters_that_papermill_adds_itself_are_known():
     (1, (True, False), False), (None, ('a', None), True), ('', str, True), (0, runs.Between(0, 5), True),
     (0.5, runs.Between(0, 1.), True), (2, runs.Between(0, 1.), False)])
 def test_values_are_judged_by_type_and_range(value, good, right):
-    assert runs.is_good(value, good) is right
+    assert runs._is_good(value, good) is right

@@ -30,7 +30,7 @@ def test_the_module_needs_the_standard_library_alone():
 
 
 def test_schema_and_record_have_the_same_fields():
-    assert set(results.SCHEMA) == {field.name for field in fields(results.RunRecord)}
+    assert set(results._SCHEMA) == {field.name for field in fields(results.RunRecord)}
 
 
 def test_numbers_of_any_library_become_plain(run):
@@ -45,12 +45,12 @@ def test_a_record_survives_the_file(run, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['result.json']
 
 
-@pytest.mark.parametrize('field', list(results.SCHEMA))
+@pytest.mark.parametrize('field', list(results._SCHEMA))
 def test_each_missing_field_is_named(run, field):
     values = asdict(run)
     del values[field]
     with pytest.raises(ValueError, match=f'{field!r}'):
-        results.check_record(values)
+        results._check_record(values)
 
 
 @pytest.mark.parametrize('path, value, named', [
@@ -66,7 +66,7 @@ def test_each_wrong_field_is_named(run, path, value, named):
         part = part[name]
     part[path[-1]] = value
     with pytest.raises(ValueError, match=named):
-        results.check_record(values)
+        results._check_record(values)
 
 
 def test_a_wrong_record_replaces_nothing(run, tmp_path):
@@ -97,10 +97,10 @@ def test_git_state_sees_commit_and_changes(tmp_path):
     git('add', '.')
     git('commit', '-m', 'first')
     (tmp_path / 'untracked').write_text('')
-    state = results.git_state(tmp_path)
+    state = results._git_state(tmp_path)
     assert len(state['commit']) == 40 and state['dirty'] is False
     (tmp_path / 'code.py').write_text('2')
-    assert results.git_state(tmp_path) == {**state, 'dirty': True}
+    assert results._git_state(tmp_path) == {**state, 'dirty': True}
 
 
 def test_the_repository_is_found_from_a_folder_within_and_through_broken_settings(tmp_path, monkeypatch):

@@ -46,12 +46,12 @@ def test_the_paper_names_every_method():
 
 
 def test_the_presets_are_the_papers():
-    for row in tables.table_1():
+    for row in tables._table_1():
         assert all(row[f'{name} (paper)'] == row[f'{name} (preset)'] for name in ('depth', 'width', 'mlp', 'heads'))
         counted, quoted = int(row['params (preset)'].replace(',', '')), row['params (paper)']
         assert counted == pytest.approx(float(quoted[:-1]) * {'M': 1e6, 'B': 1e9}[quoted[-1]], rel=0.05)
-    assert all(row['the same'] == 'yes' for row in tables.table_6())
-    for row, wanted in zip(tables.table_5(), paper.TABLE_5.values(), strict=True):
+    assert all(row['the same'] == 'yes' for row in tables._table_6())
+    for row, wanted in zip(tables._table_5(), paper.TABLE_5.values(), strict=True):
         score, side = row['aesthetic score above'], row['longer side at least']
         assert row['data set'] == wanted['data set'] and wanted['aesthetic'] == (f'> {score:.1f}' if score else '')
         assert bool(side) == (wanted['resolution'] == 'yes') and bool(row['watermark at most']) == (wanted['watermark'] == 'yes')
@@ -59,7 +59,7 @@ def test_the_presets_are_the_papers():
 
 @pytest.mark.parametrize('table', ['table 2', 'table 3', 'table 4'])
 def test_every_value_has_its_source(table):
-    for method, row in paper.TABLES[table].items():
+    for method, row in paper._TABLES[table].items():
         for column, value in row.items():
             assert paper.paper_value(table, method, column) == {'value': value, 'measure': column, 'method': method, 'source': paper.SOURCES[table]}
 
@@ -68,7 +68,7 @@ def test_every_value_has_its_source(table):
 
 def test_a_reduced_number_is_never_without_its_label():
     run = of_coco(steps=20)
-    rows = tables.beside(paper.TABLE_2, tables.all_measured({'coco/result.json': run}), paper.COLUMNS_2[5:])
+    rows = tables._beside(paper.TABLE_2, tables.all_measured({'coco/result.json': run}), paper.COLUMNS_2[5:])
     cells = [cell for row in rows for cell in row.values() if '12.35' in str(cell)]
     assert cells == ['12.35 [11, 13.5] (clean; n = 77; tiny, reduced, stand-in random_conv_features; drawn; steps 20) [record](coco/result.json)']
     for one in tables.all_measured({'coco/result.json': run}):
@@ -96,15 +96,15 @@ def test_a_mean_is_of_all_seeds_or_of_none():
     assert (a['right'], a['right, deviation'], b['right'], b['right, deviation']) == (2., 1., None, None)
 
 
-@pytest.mark.parametrize('notebook, rows_of', [('ablations', tables.table_4), ('text_as_source', tables.figure_2)])
+@pytest.mark.parametrize('notebook, rows_of', [('ablations', tables._table_4), ('text_as_source', tables._figure_2)])
 def test_a_mean_over_seeds_is_never_without_its_label(notebook, rows_of):
     variant = {'ablations': 'base', 'text_as_source': 'source'}[notebook]
     row = {'variant': variant, 'seeds': 3} | dict.fromkeys(tables.MEASURES[notebook], 41.5)
     run = of(tables.QUESTIONS[notebook], {'summary': [row], 'sentences': ['One is better.']})
     rows = [row for row in rows_of({'a/result.json': run}) if 41.5 in row.values()]
     assert rows and all(run.label() in row['conditions'] and row['record'] == '[record](a/result.json)' for row in rows)
-    assert run.label() in tables.summary_rows({'a/result.json': run}, notebook)[1][0]
-    assert not [row for row in rows_of({}) if 41.5 in row.values()] and tables.NOT_MEASURED in str(rows_of({}))
+    assert run.label() in tables._summary_rows({'a/result.json': run}, notebook)[1][0]
+    assert not [row for row in rows_of({}) if 41.5 in row.values()] and tables._NOT_MEASURED in str(rows_of({}))
 
 
 def test_what_could_not_be_measured_says_why_and_is_never_0():
@@ -113,12 +113,12 @@ def test_what_could_not_be_measured_says_why_and_is_never_0():
     scores = dict.fromkeys(paper.SCORE_NAMES, 1.) | {'SPICE': None}
     run = of(tables.QUESTIONS['benchmark_captions'], {'method': 'FlowTok-tiny', 'sets': [
         {'set': 'a', 'n': 2, 'references': 5.0, 'scores': scores, 'not_available': {'SPICE': 'needs its parser: a line'}}]})
-    rows = tables.beside(paper.TABLE_3, tables.all_measured({'c/result.json': run}), paper.SCORE_NAMES)
+    rows = tables._beside(paper.TABLE_3, tables.all_measured({'c/result.json': run}), paper.SCORE_NAMES)
     assert rows[-1]['SPICE (measured here)'] == 'not available: needs its parser: a line [record](c/result.json)'
 
 
 def test_an_unreduced_record_stands_in_the_papers_own_row():
-    rows = tables.beside(paper.TABLE_2, tables.all_measured({'x/result.json': of_coco(reduced=False, stand_ins=())}), ('COCO FID-30K',))
+    rows = tables._beside(paper.TABLE_2, tables.all_measured({'x/result.json': of_coco(reduced=False, stand_ins=())}), ('COCO FID-30K',))
     row, = [row for row in rows if row['method'] == 'FlowTok-XL']
     assert row['COCO FID-30K (paper)'] == 10.06 and '(clean; n = 77; tiny; drawn)' in row['COCO FID-30K (measured here)']
 
@@ -153,11 +153,11 @@ def test_committed_records_are_records():
 
 def test_a_comparison_is_a_row_with_its_verdict():
     comparison = {'better': 'base', 'worse': 'source KL 1e-4', 'measure': 'FID, stand-in features', 'gain': -.5, 'low': -1.25, 'high': -.1, 'seeds': 3, 'verdict': 'not seen: the opposite is'}
-    row = tables.verdict_row(tables.sentence_of(comparison) + ' (tiny; [record](a/result.json))')
+    row = tables._verdict_row(tables.sentence_of(comparison) + ' (tiny; [record](a/result.json))')
     assert row == {'better': 'base', 'than': 'source KL 1e-4', 'measure': 'Fréchet distance', 'gain': '-0.5', '95% interval': '-1.25 to -0.1', 'seeds': '3',
                    'expected by': 'the paper', 'measured': 'the opposite'}
-    few = tables.verdict_row(tables.sentence_of(comparison | {'low': None, 'high': None, 'verdict': 'too few seeds to tell'}, 'the ordering of the recipe'))
-    assert few['95% interval'] == '' and few['expected by'] == 'our recipe' and tables.verdict_row('Training memory in MB: source 112.0.') is None
+    few = tables._verdict_row(tables.sentence_of(comparison | {'low': None, 'high': None, 'verdict': 'too few seeds to tell'}, 'the ordering of the recipe'))
+    assert few['95% interval'] == '' and few['expected by'] == 'our recipe' and tables._verdict_row('Training memory in MB: source 112.0.') is None
 
 
 def test_tables_are_what_the_records_give(tmp_path):
@@ -206,8 +206,8 @@ def test_every_number_in_a_table_is_in_a_record_or_the_paper(name):
     known |= set(numbers([getattr(paper, entry) for entry in ('TABLE_1', 'TABLE_2', 'TABLE_3', 'TABLE_4', 'TABLE_5', 'TABLE_6', 'SOURCES')]))
     if name in definitions:
         known |= set(numbers([asdict(part) for part in (*presets.values(), *paper_recipes.values())]))
-        known |= {4. * config.flow.width for config in presets.values()} | {float(tables.count_parameters(presets[scale])) for scale in paper.TABLE_1}
-        known |= set(numbers([list(tables.table_5()), list(tables.table_6())]))
+        known |= {4. * config.flow.width for config in presets.values()} | {float(tables._count_parameters(presets[scale])) for scale in paper.TABLE_1}
+        known |= set(numbers([list(tables._table_5()), list(tables._table_6())]))
     rounded = {float(f'{x:.4g}') for x in known}
     with open(folder / f'{name}.csv', newline='') as file:
         for row in csv.DictReader(file):
@@ -228,7 +228,7 @@ def test_every_number_in_a_runs_own_table_is_in_its_record_or_the_paper(path):
 
 def test_summaries_say_what_the_single_runs_say():
     for notebook, measures in tables.MEASURES.items():
-        found = tables.records_of(committed, notebook)
+        found = tables._records_of(committed, notebook)
         for where, run in found.items():
             if 'summary' not in run.metrics:
                 continue

@@ -10,8 +10,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowtok.lab.throughput import (compare_sampling, compare_training, compile_row, make_batch, make_pipeline, make_stage, break_even, run_benchmark,
-                           some_prompts, stage_rows, whole_image)
+from flowtok.lab.throughput import (_compare_sampling, _compare_training, _compile_row, _make_batch, make_pipeline, _make_stage, _break_even, run_benchmark,
+                           some_prompts, _stage_rows, _whole_image)
 from flowtok.config import FlowConfig, preset, stages
 from flowtok.lab.roofline import evaluations, image_operations, stage_costs, training_operations
 from flowtok.flow.path import Rng
@@ -19,7 +19,7 @@ from flowtok.flow.solver import Sampling, guide
 from flowtok.models.flowtok import FlowTok
 from flowtok.losses.objective import total
 from flowtok.pipeline import FlowTokPipeline
-from flowtok.lab.reference import make_noise, plain_generate, plain_velocity, relative
+from flowtok.lab.reference import make_noise, plain_generate, _plain_velocity, relative
 from flowtok.lab.records import read_record
 from flowtok.training.optim import cpu_has_bf16
 
@@ -53,9 +53,9 @@ def plain_euler(dit, x, steps, guidance, interval):
     zeros = torch.zeros(len(x), dtype=torch.long)
     for i in range(steps):
         t = torch.full((len(x),), i / steps)
-        v = plain_velocity(dit, x, t, zeros)
+        v = _plain_velocity(dit, x, t, zeros)
         if guidance != 1 and interval[0] <= i / steps <= interval[1]:
-            v = guide(v, plain_velocity(dit, x, t, zeros + 1), guidance)
+            v = guide(v, _plain_velocity(dit, x, t, zeros + 1), guidance)
         x = x + v / steps
     return x
 
@@ -100,8 +100,8 @@ def test_costs_add_up():
 @pytest.mark.parametrize('size', ['tiny', 'b'])
 def test_operations_of_a_training_step_are_those_that_pytorch_counts(stage, size):
     config = preset('tiny') if size == 'tiny' else replace(shrunken('b'), text=replace(shrunken('b').text, decoder_width=96, decoder_heads=4))
-    learner = make_stage(config, stage)
-    batch, counter = make_batch(learner, 3), FlopCounterMode(display=False)
+    learner = _make_stage(config, stage)
+    batch, counter = _make_batch(learner, 3), FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):                                  # the fused kernel of a CPU is not counted
         total(learner(batch, Rng(torch.Generator().manual_seed(0))), learner.weights).backward()
     assert counter.get_total_flops() == pytest.approx(3 * training_operations(config, stage), rel=.05)
@@ -109,7 +109,7 @@ def test_operations_of_a_training_step_are_those_that_pytorch_counts(stage, size
 
 @pytest.mark.parametrize('stage', stages)
 def test_first_loss_is_that_of_the_plain_loop(stage):
-    compared = compare_training(preset('tiny'), stage, 4, 1)
+    compared = _compare_training(preset('tiny'), stage, 4, 1)
     most = dict(zip(('training loop fp32', 'training loop bf16'), (1e-5, .02)[:1 + cpu_has_bf16()]))
     assert list(compared.times) == ['plain loop fp32', *most] == list(compared.memory) and list(compared.differences) == list(most)
     assert all(compared.differences[name] < most[name] for name in most)
@@ -117,7 +117,7 @@ def test_first_loss_is_that_of_the_plain_loop(stage):
 
 def test_a_flow_of_the_benchmark_learns_what_the_stage_learns():
     for stage in stages[2:]:
-        learner = make_stage(preset('tiny'), stage)
+        learner = _make_stage(preset('tiny'), stage)
         learned = {name.split('.')[0] for name, p in learner.trained.named_parameters() if p.requires_grad}
         assert ('projector' in learned) == ('alignment' in learned) == (stage == 'text-to-image') and 'dit' in learned
 
@@ -147,7 +147,7 @@ def test_a_whole_benchmark_of_the_small_size():
 def test_whole_image_adds_up_in_each_precision():
     rows = [{'stage': 'text tower', 'precision': 'fp32', 'calls': 1, 'Gops a call': 8., 'MB of weights': 3., 'floor, ms': 2., 'measured, ms': 4., 'share of ceiling': .5},
             {'stage': 'velocity', 'precision': 'bf16', 'calls': 20, 'Gops a call': 1., 'MB of weights': 2., 'floor, ms': .1, 'measured, ms': .2, 'share of ceiling': .5}]
-    whole = whole_image(rows, [.007, .008, .010])
+    whole = _whole_image(rows, [.007, .008, .010])
     assert whole['Gops a call'] == 28 and whole['MB of weights'] == 5 and whole['floor, ms'] == pytest.approx(4.) and whole['precision'] == 'bf16'
     assert whole['share of ceiling'] == pytest.approx(4 / 8) and whole['measured, ms'] == 8
 
@@ -155,25 +155,25 @@ def test_whole_image_adds_up_in_each_precision():
 def test_compiling_that_fails_is_not_measured(monkeypatch):
     def failing(*given, **named): raise RuntimeError('no compiler was found\nand more')
     monkeypatch.setattr(torch, 'compile', failing)
-    row = compile_row(FlowTokPipeline.from_pretrained(), 1, 1)
+    row = _compile_row(FlowTokPipeline.from_pretrained(), 1, 1)
     assert row['pays from so many images'] == 'not measured: RuntimeError: no compiler was found'
 
 
 def test_compiling_is_weighed_against_what_it_saves(monkeypatch):
     monkeypatch.setattr(torch, 'compile', lambda call, **named: call)
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **named: None)
-    row = compile_row(FlowTokPipeline.from_pretrained(), 2, 1, repeats=1)
+    row = _compile_row(FlowTokPipeline.from_pretrained(), 2, 1, repeats=1)
     saved = (row['seconds a call, eager'] - row['seconds a call, compiled']) / 2
     assert float(row['relative difference']) == 0 and row['images a call'] == 2
     assert row['pays from so many images'] == ('never here' if saved <= 0 else pytest.approx(row['seconds of compiling'] / saved, abs=1))
-    assert break_even(10., 1., .5) == 20 and break_even(10., 1., 1.) == 'never here'
+    assert _break_even(10., 1., .5) == 20 and _break_even(10., 1., 1.) == 'never here'
 
 
 def test_half_precision_is_close_and_told_apart():
     pipe = FlowTokPipeline.from_pretrained()
-    differences = compare_sampling(pipe, 2, 2, repeats=1).differences
+    differences = _compare_sampling(pipe, 2, 2, repeats=1).differences
     assert differences['pipeline fp32'] < 1e-4 and differences['optimised fp32'] < 1e-4 and differences.get('optimised bf16', 0.) < .1
-    assert stage_rows(pipe, 2, 2, {'fp32': 1e9, 'copy': 1e9}, repeats=1)[0]['precision'] == 'fp32'
+    assert _stage_rows(pipe, 2, 2, {'fp32': 1e9, 'copy': 1e9}, repeats=1)[0]['precision'] == 'fp32'
 
 
 def test_command_line(tmp_path):
@@ -194,7 +194,7 @@ def test_command_line(tmp_path):
 def test_frozen_networks_answer_as_in_use():
     "Dropout of the frozen text projector would make other targets for image to text."
     for name in stages:
-        stage = make_stage(preset('tiny'), name)
+        stage = _make_stage(preset('tiny'), name)
         learning = {id(m) for m in stage.trained.modules()}
         assert stage.training and stage.trained.training
         assert not any(m.training for child in stage.children() if child is not stage.trained for m in child.modules() if id(m) not in learning)

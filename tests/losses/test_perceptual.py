@@ -13,7 +13,7 @@ from torch import nn
 from flowtok.config import TokenizerRecipe
 from flowtok.flow.source import DiagonalGaussian
 from flowtok.losses.perceptual import (Adversary, Blur, ConvNeXtLogits, LPIPS, PatchDiscriminator, TokenizerCritics,
-                             find_perceptual, freeze, perceptual_files, read_weights)
+                             find_perceptual, _freeze, _perceptual_files, _read_weights)
 from flowtok.losses.objective import (gan_factor, hinge_discriminator_loss, hinge_generator_loss,
                                lecam_loss, moving_average, perceptual_loss, tokenizer_terms, total)
 
@@ -62,8 +62,8 @@ def files(tmp_path_factory):
            for name, x in vgg.state_dict().items()}
     lin = {f'lin{i}.model.1.weight': torch.rand(1, c, 1, 1, generator=generator) for i, c in enumerate(channels)}
     for name, content in (('vgg', vgg), ('lin', lin)):      # these two are older than today's format
-        torch.save(content, folder / perceptual_files[name][0], _use_new_zipfile_serialization=False)
-    torch.save(random_state(convnext, generator), folder / perceptual_files['convnext'][0])
+        torch.save(content, folder / _perceptual_files[name][0], _use_new_zipfile_serialization=False)
+    torch.save(random_state(convnext, generator), folder / _perceptual_files['convnext'][0])
     return folder
 
 
@@ -269,8 +269,8 @@ def test_frozen_networks_are_nobodys_parameters(images):
 
 def test_lpips_is_the_formula(files, nowhere, images):
     found, sentences = find_perceptual(('lpips',), files)
-    state = torch.load(files / perceptual_files['vgg'][0])
-    lin = torch.load(files / perceptual_files['lin'][0])
+    state = torch.load(files / _perceptual_files['vgg'][0])
+    lin = torch.load(files / _perceptual_files['lin'][0])
 
     def features(x):
         "VGG16 written out: thirteen convolutions, and what comes out before each pooling."
@@ -311,7 +311,7 @@ def test_convnext_is_torchvisions_with_imagenets_pixels(files, nowhere, images):
     net = find_perceptual(('convnext',), files)[0]['convnext']
     net.size = 64
     ours = on_meta('convnext_small')
-    ours.load_state_dict(torch.load(files / perceptual_files['convnext'][0]), assign=True)
+    ours.load_state_dict(torch.load(files / _perceptual_files['convnext'][0]), assign=True)
 
     def logits(x):
         x = F.interpolate(x, 64, mode='bilinear', antialias=True)
@@ -347,7 +347,7 @@ def test_missing_files_are_told_in_one_sentence_each(nowhere):
 def test_names_are_torchvisions():
     from torchvision.models import ConvNeXt_Small_Weights, VGG16_Weights
     for name, weights in (('vgg', VGG16_Weights), ('convnext', ConvNeXt_Small_Weights)):
-        file, size, source = perceptual_files[name]
+        file, size, source = _perceptual_files[name]
         assert source == weights.IMAGENET1K_V1.url and source.endswith('/' + file)
         assert size == f"{weights.IMAGENET1K_V1.meta['_file_size']:.0f} MB"
 
@@ -400,7 +400,7 @@ def test_download_from_a_server_checks_the_hash(files, nowhere, monkeypatch):
     monkeypatch.setattr('flowtok.losses.perceptual.reachable', lambda url: True)
     served = nowhere / 'served'
     served.mkdir()
-    name = perceptual_files['convnext'][0]
+    name = _perceptual_files['convnext'][0]
     os.link(files / name, served / name)                                         # its name holds another hash
     digest = hashlib.sha256((files / name).read_bytes()).hexdigest()
     os.link(files / name, served / f'convnext_small-{digest[:8]}.pth')
@@ -437,17 +437,17 @@ def test_broken_files_are_named(nowhere):
     path, wanted = nowhere / 'x.pth', {'a': torch.empty(2, device='meta')}
     torch.save({'a': torch.ones(3)}, path)
     with pytest.raises(ValueError, match='2.*3'):
-        read_weights(path, wanted)
+        _read_weights(path, wanted)
     with pytest.raises(ValueError, match=r'net\.a'):
-        read_weights(path, wanted, 'net.')
+        _read_weights(path, wanted, 'net.')
     for content in (path.read_bytes()[:200], b'', b'<html>not found</html>'):
         path.write_bytes(content)
         with pytest.raises(ValueError):
-            read_weights(path, wanted)
+            _read_weights(path, wanted)
 
 
 def test_freeze_keeps_the_function():
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(3, 4, bias=False), nn.LayerNorm(4)), torch.rand(2, 3)
     wanted = net(x)
-    assert torch.equal(freeze(net)(x), wanted) and not list(net.parameters()) and not net.state_dict()
+    assert torch.equal(_freeze(net)(x), wanted) and not list(net.parameters()) and not net.state_dict()

@@ -6,7 +6,7 @@ import torch
 
 from flowtok.config import preset
 from flowtok.flow.solver import Sampling
-from flowtok.models.fast import align_swiglu, aligned_swiglu, cache_modulation, fuse_gelu, linear_gelu
+from flowtok.models.fast import align_swiglu, _aligned_swiglu, cache_modulation, fuse_gelu, _linear_gelu
 from flowtok.models.flowtok import DiT, FlowTok
 from flowtok.models.layers import MLP, SwiGLU
 from flowtok.pipeline import FlowTokPipeline
@@ -83,14 +83,14 @@ def test_weights_made_in_inference_mode_are_never_mistaken():
 def test_linear_layer_and_gelu_in_one_pass(kind):
     layer = torch.nn.Linear(24, 40)
     for x in (torch.randn(3, 5, 24), torch.randn(24), torch.randn(5, 3, 24).transpose(0, 1), torch.randn(0, 24), torch.randn(1, 24).expand(6, 24)):
-        usual = linear_gelu(x, layer.weight, layer.bias, kind)
+        usual = _linear_gelu(x, layer.weight, layer.bias, kind)
         with torch.no_grad():
-            fused = linear_gelu(x, layer.weight, layer.bias, kind)
+            fused = _linear_gelu(x, layer.weight, layer.bias, kind)
         assert usual.requires_grad and not fused.requires_grad and torch.allclose(fused, usual, atol=1e-5)
     half = layer.bfloat16()
-    assert linear_gelu(torch.randn(2, 24).bfloat16(), half.weight, half.bias, kind).dtype == torch.bfloat16
+    assert _linear_gelu(torch.randn(2, 24).bfloat16(), half.weight, half.bias, kind).dtype == torch.bfloat16
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
-        assert linear_gelu(torch.randn(2, 24), torch.randn(4, 24), torch.randn(4), kind).dtype == torch.bfloat16
+        assert _linear_gelu(torch.randn(2, 24), torch.randn(4, 24), torch.randn(4), kind).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize('kind', ['none', 'tanh'])
@@ -110,7 +110,7 @@ def test_an_aligned_swiglu_keeps_weights_values_and_gradients(width):
     fast = copy.deepcopy(plain)
     align_swiglu(fast)
     plain(x).square().sum().backward()
-    aligned = fast[1](aligned_swiglu(fast[0], x))
+    aligned = fast[1](_aligned_swiglu(fast[0], x))
     aligned.square().sum().backward()
     assert torch.allclose(aligned, plain(x), atol=1e-5) and torch.equal(fast(x), plain(x))      # on a CPU it stays plain
     for a, b in zip(fast.parameters(), plain.parameters(), strict=True):

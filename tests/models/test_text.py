@@ -13,7 +13,7 @@ from torch import nn
 
 from flowtok.config import FlowTokConfig, TextConfig, TokenizerConfig, preset
 from flowtok.models.text import (AlignmentMLP, ClipTextEncoder, ProjectorLayer, TextDecoder, TextProjector,
-                          WordTextEncoder, open_clip_names, load_clip, pad_ids, tell_truncation, text_encoder,
+                          WordTextEncoder, _open_clip_names, _load_clip, _pad_ids, _tell_truncation, text_encoder,
                           )
 
 tiny = preset('tiny')
@@ -36,12 +36,12 @@ def small(monkeypatch):
 # captions and ids
 
 def test_rows_are_padded_and_cut():
-    tell_truncation.cache_clear()
+    _tell_truncation.cache_clear()
     with pytest.warns(UserWarning, match='3'):
-        assert pad_ids([[4, 1], [4, 5, 6, 7, 1], [4, 5, 1]], 3).tolist() == [[4, 1, 0], [4, 5, 1], [4, 5, 1]]
+        assert _pad_ids([[4, 1], [4, 5, 6, 7, 1], [4, 5, 1]], 3).tolist() == [[4, 1, 0], [4, 5, 1], [4, 5, 1]]
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        pad_ids([[4, 5, 6, 7, 1]], 3)
+        _pad_ids([[4, 5, 6, 7, 1]], 3)
 
 
 def test_words_there_and_back(words):
@@ -115,7 +115,7 @@ def test_word_features_have_not_changed(words):
 
 def test_clip_ids(small):
     clip = text_encoder(small)
-    tell_truncation.cache_clear()
+    _tell_truncation.cache_clear()
     with pytest.warns(UserWarning, match='77'):
         ids = clip.tokenize(['a photo of a cat', 'a ' * 100])
     assert ids.shape == (2, 77) and ids.dtype == torch.long
@@ -152,7 +152,7 @@ def to_open_clip(state):
             continue
         if '.q_proj.' in name:
             x = torch.cat([state[name.replace('.q_proj.', f'.{part}_proj.')] for part in 'qkv'])
-        for theirs, ours in open_clip_names.items():
+        for theirs, ours in _open_clip_names.items():
             name = name.replace(ours, theirs)
         found[name.replace('.self_attn.q_proj.', '.attn.in_proj_')] = x
     return found
@@ -287,7 +287,7 @@ def test_openai_weights_are_where_open_clip_keeps_them(small, tmp_path, monkeypa
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
     monkeypatch.setattr('flowtok.models.text.reachable', lambda: False)
     loaded = ClipTextEncoder(replace(small))
-    load_clip(loaded.tower, 'openai')
+    _load_clip(loaded.tower, 'openai')
     assert all(torch.equal(x, loaded.tower.state_dict()[name]) for name, x in source.tower.state_dict().items())
 
 

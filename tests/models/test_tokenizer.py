@@ -11,7 +11,7 @@ from flowtok.models.released import rename, tokenizer_names
 from flowtok.config import FlowTokConfig, TextConfig, TokenizerConfig, preset
 from flowtok.models.layers import apply_rope
 from flowtok.flow.source import DiagonalGaussian
-from flowtok.models.tokenizer import ImageTokenizer, anchored_coordinates, cell_means, cut_patches, join_patches
+from flowtok.models.tokenizer import ImageTokenizer, _anchored_coordinates, _cell_means, _cut_patches, join_patches
 
 goldens = Path(__file__).parents[1] / 'goldens'
 names = 'flowtitok_nano64', 'flowtitok_nano128', 'tatitok_nano64'
@@ -226,7 +226,7 @@ def test_autocast_trains(changes):
 
 def test_patches_there_and_back():
     images = torch.rand(2, 3, 24, 32)
-    patches = cut_patches(images, 8)
+    patches = _cut_patches(images, 8)
     conv = torch.nn.Conv2d(3, 5, 8, 8)
     assert torch.allclose(conv(images).flatten(2).transpose(1, 2),
                           torch.nn.functional.linear(patches, conv.weight.flatten(1), conv.bias), atol=1e-6)
@@ -235,13 +235,13 @@ def test_patches_there_and_back():
 
 
 def test_cells_and_their_middles():
-    places = anchored_coordinates(4, 8, 2)
+    places = _anchored_coordinates(4, 8, 2)
     rows, columns = places[:32].unbind(1)
     for i, (row, column) in enumerate(places[32:]):
         cell = (rows // 2 == i // 2) & (columns // 4 == i % 2)
         assert (row, column) == (rows[cell].mean(), columns[cell].mean())
         x = torch.randn(1, 32, 3)
-        assert torch.allclose(cell_means(x, 4, 8, 2)[0, i], x[0, cell].mean(0))
+        assert torch.allclose(_cell_means(x, 4, 8, 2)[0, i], x[0, cell].mean(0))
 
 
 def test_start_of_the_weights():

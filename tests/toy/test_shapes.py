@@ -16,7 +16,7 @@ from flowtok.toy import verifier as reader
 from flowtok.toy import shapes as scenes
 from flowtok.toy.verifier import Claims, agrees, is_true, parse, read, shows
 from flowtok.toy.shapes import (COLOURS, COLUMNS, HELD_OUT, ROWS, SHAPES, SIZES, SPLITS, Scene, Thing, captions,
-                            draw_scene, is_at, place_words, plain_caption, relation, render, texture_pattern, write_shards)
+                            draw_scene, is_at, _place_words, plain_caption, relation, render, texture_pattern, write_shards)
 
 red_star = Thing('star', 'red', 'large', SIZES['large'], .2, (.9, .1, .1))
 
@@ -40,7 +40,7 @@ def test_a_seed_keeps_its_meaning(split, things, ground, texts, colour):
     assert [(o.shape, o.colour, o.size) for o in scene.things] == things and (scene.tone, scene.texture) == ground
     assert captions(scene, 77, split=split)[::4] == texts
     assert np.allclose(render(scene).mean((0, 1)), colour, atol=.1)
-    assert scenes.VERSION == 4
+    assert scenes._VERSION == 4
 
 
 def test_captions_keep_their_words():
@@ -48,7 +48,7 @@ def test_captions_keep_their_words():
     texts = [text for split in SPLITS for seed in range(100)
              for text in captions(draw_scene(seed, split), seed, split=split)]
     assert hashlib.sha256('\n'.join(texts).encode()).hexdigest()[:16] == 'ef9390ad069bc10c'
-    assert scenes.VERSION == 4
+    assert scenes._VERSION == 4
 
 
 @pytest.mark.parametrize('split', SPLITS)
@@ -59,11 +59,11 @@ def test_scenes_keep_their_rules(split):
         alike = len(things) == 2 and len(pairs) == 1
         assert (alike or len(pairs) == len(things) <= 3) and bool(pairs & HELD_OUT) == (split == 'held_out')
         for i, a in enumerate(things):
-            reach = a.radius * scenes.REACH[a.shape]
+            reach = a.radius * scenes._REACH[a.shape]
             assert reach < min(a.x, a.y, 1 - a.x, 1 - a.y)
-            assert all(min(abs(v - middle) for middle in scenes.MIDDLES) <= scenes.STRAY for v in (a.x, a.y))
-            assert abs(a.radius / SIZES[a.size] - 1) <= .05 and abs(a.angle) <= scenes.TILT
-            assert all(math.hypot(a.x - b.x, a.y - b.y) > reach + b.radius * scenes.REACH[b.shape] for b in things[:i])
+            assert all(min(abs(v - middle) for middle in scenes.MIDDLES) <= scenes._STRAY for v in (a.x, a.y))
+            assert abs(a.radius / SIZES[a.size] - 1) <= .05 and abs(a.angle) <= scenes._TILT
+            assert all(math.hypot(a.x - b.x, a.y - b.y) > reach + b.radius * scenes._REACH[b.shape] for b in things[:i])
 
 
 def test_things_can_lie_anywhere():
@@ -71,7 +71,7 @@ def test_things_can_lie_anywhere():
     def stray(o): return max(min(abs(v - middle) for middle in scenes.MIDDLES) for v in (o.x, o.y))
 
     drawn = [draw_scene(seed, anywhere=.5).things for seed in range(600)]
-    assert .45 < np.mean([all(stray(o) <= scenes.STRAY + 1e-9 for o in things) for things in drawn]) < .65
+    assert .45 < np.mean([all(stray(o) <= scenes._STRAY + 1e-9 for o in things) for things in drawn]) < .65
     every = [draw_scene(seed, 'held_out', anywhere=1.) for seed in range(1000)]
     for axis in 'xy':
         counts, _ = np.histogram([getattr(o, axis) for scene in every for o in scene.things], 25, (.2, .8))
@@ -96,15 +96,15 @@ def test_large_images_are_the_small_ones_in_detail(seed):
 
 @pytest.mark.parametrize('shape', SHAPES)
 def test_areas_are_what_the_reader_believes(shape):
-    a, _ = scenes.coverage(replace(red_star, shape=shape, radius=.3), 512)
-    assert a.sum() / 512**2 / .3**2 == pytest.approx(reader.AREA[shape], rel=.01)
+    a, _ = scenes._coverage(replace(red_star, shape=shape, radius=.3), 512)
+    assert a.sum() / 512**2 / .3**2 == pytest.approx(reader._AREA[shape], rel=.01)
 
 
 @pytest.mark.parametrize('shape', SHAPES)
 def test_shapes_reach_as_far_as_they_say(shape):
     angle = np.linspace(0, 2 * math.pi, 3600)
     around = np.stack([np.cos(angle), np.sin(angle)], -1)
-    assert scenes.shape_distance(shape, around * scenes.REACH[shape] * 1.002).min() > 0
+    assert scenes.shape_distance(shape, around * scenes._REACH[shape] * 1.002).min() > 0
 
 
 @pytest.mark.parametrize('texture', scenes.TEXTURES[1:])
@@ -131,7 +131,7 @@ def test_bad_input_is_named(call, named):
     (.5, .5, ('middle', 'centre')), (.8, .5, ('middle', 'right')), (.2, .8, ('bottom', 'left')),
     (.5, .8, ('bottom', 'centre')), (.8, .8, ('bottom', 'right')), (.41, .59, ('middle', 'centre'))])
 def test_places_have_two_words(x, y, words):
-    assert place_words(replace(red_star, x=x, y=y)) == words
+    assert _place_words(replace(red_star, x=x, y=y)) == words
 
 
 @pytest.mark.parametrize('x, columns', [(.35, 'left'), (.37, 'left centre'), (.43, 'left centre'), (.45, 'centre'),
@@ -147,7 +147,7 @@ def test_near_a_cut_both_places_are_accepted(x, columns):
 def test_where_a_thing_is_said_to_be_it_is():
     for x, y in np.random.default_rng(0).uniform(size=(300, 2)):
         thing = replace(red_star, x=x, y=y)
-        assert is_at(thing, place_words(thing))
+        assert is_at(thing, _place_words(thing))
         assert sum(is_at(thing, (row, column)) for row in ROWS for column in COLUMNS) in (1, 2, 4)
 
 
@@ -174,7 +174,7 @@ def test_the_first_caption_is_the_plain_one_in_reading_order(split):
         scene = draw_scene(seed, split)
         text = captions(scene, seed, split=split)[0]
         things = sorted(scene.things, key=lambda o: (round(3 * o.y - .5), round(3 * o.x - .5)))
-        assert parse(text).things == tuple((None, o.colour, o.shape, place_words(o)) for o in things)
+        assert parse(text).things == tuple((None, o.colour, o.shape, _place_words(o)) for o in things)
         assert parse(text).relation is None and parse(text).ground is None and text.count(', ') == len(things) - 1
         assert text == plain_caption(scene) == plain_caption(replace(scene, things=scene.things[::-1]))
         assert captions(scene, seed, 1, split) == [text] and is_true(text, scene)
@@ -356,7 +356,7 @@ def test_half_a_thing_is_never_right(shape):
 
 def test_drawn_things_stay_far_below_the_allowed_error():
     errors = [o.error for split in SPLITS for seed in range(60) for o in read(render(draw_scene(seed, split))).things]
-    assert max(errors) < .16 < .3 == reader.MAX_ERROR
+    assert max(errors) < .16 < .3 == reader._MAX_ERROR
 
 
 def test_colours_that_cancel_are_unclear_without_a_warning():
@@ -367,7 +367,7 @@ def test_colours_that_cancel_are_unclear_without_a_warning():
         warnings.simplefilter('error')
         assert never_right(image)
         assert [o.shape for o in read(image).things] == ['unclear']
-        assert reader.read_thing(chroma, chroma.any(-1)).shape == 'unclear'  # nothing is left of them
+        assert reader._read_thing(chroma, chroma.any(-1)).shape == 'unclear'  # nothing is left of them
 
 
 def test_one_thing_more_or_less_or_elsewhere_is_wrong():
@@ -401,7 +401,7 @@ def test_shards_have_the_layout_of_img2dataset(tmp_path):
     assert facts['caption'] == text == facts['captions'][0] and facts['key'] == '000001001' and facts['seed'] == 1001
     assert facts['width'] == facts['original_height'] == 80 and facts['status'] == 'success'
     assert json.loads((tmp_path / 'scenes.json').read_text()) == {
-        'n': 5, 'start': 998, 'samples_per_shard': 2, 'version': scenes.VERSION, 'split': 'held_out', 'size': 80,
+        'n': 5, 'start': 998, 'samples_per_shard': 2, 'version': scenes._VERSION, 'split': 'held_out', 'size': 80,
         'image_format': 'jpg', 'anywhere': 0.}
 
 
@@ -415,8 +415,8 @@ def test_a_stopped_run_leaves_no_half_shard_and_goes_on(tmp_path, monkeypatch):
         if seed == 5: raise KeyboardInterrupt
         return scenes_sample(seed, **rest)
 
-    scenes_sample = scenes.shard_sample
-    monkeypatch.setattr(scenes, 'shard_sample', stops)
+    scenes_sample = scenes._shard_sample
+    monkeypatch.setattr(scenes, '_shard_sample', stops)
     with pytest.raises(KeyboardInterrupt): write_shards(tmp_path, 'train', 6, samples_per_shard=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['00000.tar', '00001.tar', 'scenes.json']
     before = (tmp_path / '00000.tar').stat().st_mtime_ns

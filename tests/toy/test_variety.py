@@ -8,8 +8,8 @@ import torch
 from flowtok.evaluation.metrics import frechet_distance, gaussian_statistics, random_conv_features
 from flowtok.toy.verifier import Reading, Seen, is_true, parse, read
 from flowtok.toy.shapes import PAIRS, SPLITS, TONES, captions, draw_scene, render
-from flowtok.toy.variety import (FORMS, OPEN, VARIETY, draw_fitting, fitting_images, form_prompts, form_scores, image_scores, mean_images,
-                             nearest_cells, open_values, precision_recall, read_all, references_of, spread, spread_ratio, tally,
+from flowtok.toy.variety import (_FORMS, OPEN, VARIETY, _draw_fitting, fitting_images, _form_prompts, form_scores, image_scores, mean_images,
+                             _nearest_cells, _open_values, precision_recall, _read_all, references_of, spread, spread_ratio, _tally,
                              total_variation, variety_prompts)
 
 PROMPTS = variety_prompts('held_out', 150)
@@ -66,17 +66,17 @@ def test_fitting_scenes_fit_their_captions(split):
     rng = np.random.default_rng(0)
     for seed in range(40):
         for text in captions(draw_scene(seed, split), seed, split=split)[::2]:
-            assert is_true(text, draw_fitting(text, rng)), text
+            assert is_true(text, _draw_fitting(text, rng)), text
 
 
 def test_fitting_scenes_leave_open_what_the_caption_does():
     rng = np.random.default_rng(0)
-    scenes = [draw_fitting('a blue star', rng) for _ in range(900)]
+    scenes = [_draw_fitting('a blue star', rng) for _ in range(900)]
     tones = Counter(scene.tone for scene in scenes)
-    cells = Counter(cell for scene in scenes for cell in nearest_cells(scene.things))
+    cells = Counter(cell for scene in scenes for cell in _nearest_cells(scene.things))
     assert all(abs(tones[tone] / 900 - 1 / 3) < .06 for tone in TONES) and len(cells) == 9 and min(cells.values()) > 60
     assert abs(sum(scene.texture == 'plain' for scene in scenes) / 900 - .7) < .06
-    assert {scene.tone for scene in (draw_fitting('a blue star on black', rng) for _ in range(20))} == {'black'}
+    assert {scene.tone for scene in (_draw_fitting('a blue star on black', rng) for _ in range(20))} == {'black'}
 
 
 def test_total_variation():
@@ -88,15 +88,15 @@ def test_total_variation():
 def test_open_values_are_those_that_no_word_decides():
     thing = Seen('star', 'blue', 'small', .24, .5, .1, 0.)
     reading = Reading((thing,), 'grey', 'plain')
-    free, bound = open_values(parse('a blue star'), reading), open_values(parse('small blue star middle left on grey'), reading)
+    free, bound = _open_values(parse('a blue star'), reading), _open_values(parse('small blue star middle left on grey'), reading)
     assert free['tone'] == ['grey'] and free['texture'] == ['plain'] and free['size'] == ['small'] and free['cell'] == [(0, 1)] and free['place'] == []
     assert bound['tone'] == [] and bound['texture'] == ['plain'] and bound['size'] == [] and bound['cell'] == [] and bound['place'] == [(1, 1)]
-    assert set(tally(['a blue star'], [reading])) == set(OPEN)
+    assert set(_tally(['a blue star'], [reading])) == set(OPEN)
 
 
 def test_what_is_unclear_has_no_attributes():
     blot = Reading((Seen('unclear', 'blue', 'small', float('nan'), .5, 1.),), 'grey', 'plain')
-    assert open_values(parse('a blue star'), blot) == {'tone': ['grey'], 'texture': ['plain'], 'size': [], 'tilt': [], 'place': [], 'cell': []}
+    assert _open_values(parse('a blue star'), blot) == {'tone': ['grey'], 'texture': ['plain'], 'size': [], 'tilt': [], 'place': [], 'cell': []}
 
 
 def test_precision_and_recall_of_known_clouds():
@@ -120,12 +120,12 @@ def test_tilts_are_read_to_six_degrees():
 
 
 def test_forms_are_the_prompts_that_people_type():
-    for form in FORMS:
-        prompts = form_prompts(form)
+    for form in _FORMS:
+        prompts = _form_prompts(form)
         assert len(prompts) == len(set(prompts)) == len(PAIRS) and all(parse(text) for text in prompts)
-    assert 'two blue crosses' in form_prompts('two C Ss') and 'an orange bar' in form_prompts('a C S')
+    assert 'two blue crosses' in _form_prompts('two C Ss') and 'an orange bar' in _form_prompts('a C S')
     rows = form_scores(lambda prompts: fitting_images(prompts, 9), repeats=1)
-    assert [row['form'] for row in rows] == [*FORMS, 'all'] and rows[-1]['right'] >= .97 * rows[-1]['of'] == .97 * 288
+    assert [row['form'] for row in rows] == [*_FORMS, 'all'] and rows[-1]['right'] >= .97 * rows[-1]['of'] == .97 * 288
     empty = form_scores(lambda prompts: torch.full((len(prompts), 3, 64, 64), .5), repeats=1)
     assert empty[-1]['right'] == 0 and empty[-1]['cell TV'] is None
 
@@ -135,14 +135,14 @@ def test_the_distance_is_that_of_the_metrics_chapter(references):
     own = gaussian_statistics(random_conv_features(images))
     wanted = frechet_distance(*own, references.features.mean, references.features.cov)
     assert image_scores(images, references, draws=0)['FID, stand-in features'] == pytest.approx(wanted)
-    assert len(read_all(images[:3])) == 3
+    assert len(_read_all(images[:3])) == 3
 
 
 def test_the_weights_of_the_package_draw_many_images_for_one_caption():
     from flowtok.pipeline import FlowTokPipeline
     pipe, text = FlowTokPipeline.from_pretrained(), 'a yellow cross top left'
     images = pipe([text] * 48, generator=torch.Generator().manual_seed(0), output_type='pt', text_at_decoding=False)
-    readings = read_all(images)
+    readings = _read_all(images)
     tones = Counter(reading.tone for reading in readings)
     assert all(tones[tone] >= 4 for tone in TONES) and len({reading.texture for reading in readings}) >= 3
     right = sum(reading.things[0].colour == 'yellow' and reading.things[0].shape == 'cross' for reading in readings if len(reading.things) == 1)

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flowtok.training import optim as stepping
 from flowtok.training import fit as engine
 from flowtok.config import from_json, preset, recipe, stages, to_json
-from flowtok.training.checkpointing import Log, Stopped, checkpoints, newest_state, save_checkpoint, save_state
+from flowtok.training.checkpointing import Log, Stopped, checkpoints, newest_state, save_checkpoint, _save_state
 from flowtok.models.flowtok import load_weights
 from flowtok.pipeline import FlowTokPipeline
 from flowtok.toy.shapes import write_shards
@@ -83,14 +83,14 @@ def test_log_forgets_what_a_resumed_run_does_again(tmp_path):
 
 def test_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / 'state.pt'
-    save_state(path, step=1)
+    _save_state(path, step=1)
 
     def full(fd):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(OSError, match=f'{path}'):
-        save_state(path, step=2)
+        _save_state(path, step=2)
     assert torch.load(path, weights_only=True) == {'step': 1} and list(tmp_path.iterdir()) == [path]
 
 
@@ -98,12 +98,12 @@ def test_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 def test_a_write_that_breaks_off_keeps_the_old_checkpoint(tmp_path):
     import resource
     path, limits = tmp_path / 'state.pt', resource.getrlimit(resource.RLIMIT_FSIZE)
-    save_state(path, step=1)
+    _save_state(path, step=1)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)               # the kernel then ends the write with an error
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(OSError, match=f'{path}'):
-            save_state(path, weights=torch.zeros(100_000))
+            _save_state(path, weights=torch.zeros(100_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
@@ -113,7 +113,7 @@ def test_a_write_that_breaks_off_keeps_the_old_checkpoint(tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(OSError, match=r'state\.pt'):
-        save_state(tmp_path / 'file' / 'state.pt', step=2)
+        _save_state(tmp_path / 'file' / 'state.pt', step=2)
 
 
 def test_a_broken_checkpoint_is_passed_over(tmp_path, capsys):
@@ -392,17 +392,17 @@ def test_what_counts_as_waiting():
 @pytest.mark.parametrize('stage', stages)
 def test_no_step_waits_for_the_device(stage, shards, tmp_path):
     for earlier in stages[:stages.index(stage)]:
-        engine.prepare(short(earlier, shards, tmp_path, steps=1))
+        engine._prepare(short(earlier, shards, tmp_path, steps=1))
         train(short(earlier, shards, tmp_path, steps=1))
     critics = dict(gan_weight=.1, gan_learning_rate=1e-4) if stage == 'tokenizer' else {}
     run = short(stage, shards, tmp_path, optimizer='adamw', **critics)
-    engine.prepare(run)
-    accelerator, learner = engine.setup(run)
+    engine._prepare(run)
+    accelerator, learner = engine._setup(run)
     optimizers = make_optimizers(learner.trained, run.recipe)
     model, *optimizers = accelerator.prepare(learner, *optimizers)
     critics, ema = Critics(run, accelerator, None) if critics else None, Ema(learner.trained, .9)
     assert critics is None or critics.of.active(0)
-    batch = next(engine.Batches(run, learner, accelerator.device))
+    batch = next(engine._Batches(run, learner, accelerator.device))
     rng = ShardedRng(torch.Generator(), host_generator=torch.Generator())
     steps = training_steps(accelerator, model, learner, optimizers, ema, iter(lambda: batch, None), rng, 0, critics)
     with Waits(rng.host_generator) as waits:
@@ -446,7 +446,7 @@ def test_fine_tuning_starts_from_the_averages_of_a_training(shards, tmp_path):
     first = short('tokenizer', shards, tmp_path / 'first')
     train(first)
     second = replace(short('tokenizer', shards, tmp_path / 'second', steps=1, warmup=5), init=first.out)
-    _, stage = engine.setup(second)
+    _, stage = engine._setup(second)
     AcceleratorState._reset_state(reset_partial_state=False)
     assert all(torch.equal(stage.trained.state_dict()[name], x) for name, x in load_file(first.weights).items())
 
@@ -457,7 +457,7 @@ def test_every_stage_learns(stage, name, factor, shards, tmp_path):
     for earlier in {'text-to-image': ['tokenizer'], 'image-to-text': ['tokenizer', 'text']}.get(stage, []):
         train(short(earlier, shards, tmp_path, steps=2))
     run, losses = short(stage, shards, tmp_path, steps=40, batch_size=16), []
-    engine.prepare(run)
+    engine._prepare(run)
     train(run, lambda line: losses.append(line[name]))
     assert len(losses) == 40 and sum(losses[-10:]) < factor * sum(losses[:10])
 

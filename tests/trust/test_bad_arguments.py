@@ -10,10 +10,10 @@ import torch
 
 from flowtok import cli
 from flowtok.config import from_json
-from flowtok.data.convert import read_json, read_rows
+from flowtok.data.convert import _read_json, _read_rows
 from flowtok.data.mixture import find_sources
 from flowtok.lab.records import read_record
-from flowtok.evaluation.features import Reference, fid_interval, read_reference, reference_statistics
+from flowtok.evaluation.features import Reference, fid_interval, _read_reference, reference_statistics
 from flowtok.evaluation.metrics import frechet_distance, gaussian_statistics, tokenize_captions
 from flowtok.flow.solver import sample
 from flowtok.models.flowtok import save_weights
@@ -112,11 +112,11 @@ def test_kept_statistics_are_checked(tmp_path):
     for content in (whole[:300], b'', b'PK nothing'):
         file.write_bytes(content)
         with pytest.raises(ValueError):
-            read_reference(file)
+            _read_reference(file)
     for change in (dict(mean=made.mean * math.nan), dict(cov=-made.cov), dict(n=0), dict(rows=rows * math.inf)):
         np.savez(file, **(dict(mean=made.mean, cov=made.cov, n=50, rows=rows) | change))
         with pytest.raises(ValueError):
-            read_reference(file)
+            _read_reference(file)
 
 
 def test_weights_that_overflow_in_the_file_are_not_written(tmp_path):
@@ -203,8 +203,8 @@ def test_json_that_is_nested_too_deeply_is_a_value_error(tmp_path):
     deep = '[' * 100_000
     for name in ('cache.json', 'result.json', 'rows.jsonl'):
         (tmp_path / name).write_text(deep)
-    for read in (lambda: from_json(deep), lambda: find_sources(tmp_path / 'cache.json'), lambda: read_record(tmp_path), lambda: read_json(tmp_path / 'cache.json'),
-                 lambda: read_rows(tmp_path / 'rows.jsonl')):
+    for read in (lambda: from_json(deep), lambda: find_sources(tmp_path / 'cache.json'), lambda: read_record(tmp_path), lambda: _read_json(tmp_path / 'cache.json'),
+                 lambda: _read_rows(tmp_path / 'rows.jsonl')):
         with pytest.raises(ValueError):
             read()
 
@@ -212,7 +212,7 @@ def test_json_that_is_nested_too_deeply_is_a_value_error(tmp_path):
 @pytest.mark.parametrize('error', [RecursionError('too deep'), CalledProcessError(1, ['java'])])
 def test_errors_of_programs_and_of_recursion_end_a_command_with_a_sentence(error, monkeypatch):
     def fail(self): raise error
-    monkeypatch.setattr(cli.Tables, 'run', fail)
+    monkeypatch.setattr(cli._Tables, 'run', fail)
     with pytest.raises(SystemExit) as end:
         cli.main(['tables'])
     assert end.value.code not in (0, None)

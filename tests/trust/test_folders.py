@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flowtok import files
-from flowtok.files import PENDING_RENAMES, current_file, replace_files
+from flowtok.files import _PENDING_RENAMES, current_file, replace_files
 from flowtok.pipeline import FlowTokPipeline
 
 
@@ -63,7 +63,7 @@ def test_a_save_that_is_killed_at_any_rename_leaves_one_whole_pipeline(pipes, tm
     monkeypatch.undo()
     assert same(tmp_path, first) != same(tmp_path, second)
     second.save_pretrained(tmp_path)
-    assert same(tmp_path, second) and not (tmp_path / PENDING_RENAMES).exists()
+    assert same(tmp_path, second) and not (tmp_path / _PENDING_RENAMES).exists()
 
 
 def test_a_save_that_is_really_killed(pipes, tmp_path):
@@ -106,10 +106,10 @@ def test_pending_renames_lead_nowhere_else(tmp_path):
     with replace_files(tmp_path / 'a') as part:
         part('x').write_text('mine')
     (tmp_path / 'secret.part').write_text('not to be read')
-    (tmp_path / 'a' / PENDING_RENAMES).write_text('{"x": "../secret.part"}')
+    (tmp_path / 'a' / _PENDING_RENAMES).write_text('{"x": "../secret.part"}')
     assert current_file(tmp_path / 'a', 'x').read_text() == 'mine'
     for content in ('', '[]', '{"x": 3}', '{"x": "gone.part"}'):
-        (tmp_path / 'a' / PENDING_RENAMES).write_text(content)
+        (tmp_path / 'a' / _PENDING_RENAMES).write_text(content)
         assert current_file(tmp_path / 'a', 'x').read_text() == 'mine'
         with replace_files(tmp_path / 'a') as part:                              # what is no list of renames blocks nobody
             part('x').write_text('mine')

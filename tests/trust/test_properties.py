@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from flowtok.config import FlowTokConfig, from_json, preset, to_json
 from flowtok.data.convert import table_entries
 from flowtok.data.images import read_samples
-from flowtok.data.mixture import CaptionReader, ImageReader, Source, list_sources, use_sample
+from flowtok.data.mixture import CaptionReader, ImageReader, Source, _list_sources, use_sample
 from flowtok.pipeline import FlowTokPipeline
 from flowtok.config import parse_changes
 
@@ -99,7 +99,7 @@ def test_tables(tmp_path_factory, rows, ending):
 @given(anything)
 def test_lists_of_sources(entries):
     with pytest.raises((ValueError, FileNotFoundError)):
-        list_sources(entries, 'list.json')
+        _list_sources(entries, 'list.json')
 
 
 @usual

@@ -12,9 +12,9 @@ from flowtok.data.images import Skip, decode_image
 from flowtok.evaluation.metrics import frechet_distance, gaussian_statistics
 from flowtok.flow.path import Rng, sample_time
 from flowtok.flow.solver import sample, schedules, solvers
-from flowtok.models.text import ClipTextEncoder, tell_truncation
+from flowtok.models.text import ClipTextEncoder, _tell_truncation
 from flowtok.pipeline import FlowTokPipeline
-from flowtok.training.checkpointing import COLLAPSE_STEP, collapse_warning
+from flowtok.training.checkpointing import _COLLAPSE_STEP, collapse_warning
 from flowtok.training.optim import Ema
 
 
@@ -71,7 +71,7 @@ def test_a_long_prompt_keeps_its_end_and_captions_never_end_in_padding(monkeypat
     sizes = {'context_length': 77, 'vocab_size': 49408, 'width': 32, 'heads': 2, 'layers': 1}
     monkeypatch.setattr(open_clip, 'get_model_config', lambda name: {'text_cfg': sizes})
     encoder = ClipTextEncoder(TextConfig(width=32))
-    tell_truncation.cache_clear()
+    _tell_truncation.cache_clear()
     with pytest.warns(UserWarning, match='77'):
         ids = encoder.tokenize(['word ' * 200])
     assert ids.shape == (1, 77) and ids[0, 76] == encoder.end
@@ -105,8 +105,8 @@ def test_the_noise_of_the_source_decides_the_variety():
 def test_collapse_is_told_before_the_run_ends():
     "Tokens without information, and a projector that paints by itself."
     for level, bad, good in (('token_snr', .4, 1.5), ('source_cosine', .95, .6)):
-        assert collapse_warning({'step': COLLAPSE_STEP, level: bad})
-        assert not collapse_warning({'step': COLLAPSE_STEP, level: good}) and not collapse_warning({'step': 10, level: bad})
+        assert collapse_warning({'step': _COLLAPSE_STEP, level: bad})
+        assert not collapse_warning({'step': _COLLAPSE_STEP, level: good}) and not collapse_warning({'step': 10, level: bad})
 
 
 def test_a_tokenizer_whose_kl_weight_is_too_large_has_no_signal():

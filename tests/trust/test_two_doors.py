@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowtok.data.convert import convert_images, folder_entries, is_done, stats_path
-from flowtok.evaluation.benchmark import image_preparation
+from flowtok.data.convert import convert_images, folder_entries, _is_done, _stats_path
+from flowtok.evaluation.benchmark import _image_preparation
 from flowtok.data.images import decode_image, read_samples
 from flowtok.files import lock_folder
-from flowtok.pipeline import FlowTokPipeline, read_image
+from flowtok.pipeline import FlowTokPipeline, _read_image
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_an_image_is_upright_whichever_way_it_comes_in(turned):
     by_training = decode_image(turned.read_bytes(), 32)
     assert by_training[4, 16, 0] > 200 and by_training[28, 16, 2] > 200          # red above, blue below
     for given in (turned, str(turned), Image.open(turned)):
-        assert np.array_equal(read_image(given, 32), by_training)
+        assert np.array_equal(_read_image(given, 32), by_training)
     Image.open(turned).load()
 
 
@@ -59,11 +59,11 @@ def test_a_finished_shard_that_was_cut_off_is_made_again(tmp_path):
     shards = sorted((tmp_path / 'out').glob('*.tar'))
     whole = [shard.read_bytes() for shard in shards]
     shards[0].write_bytes(whole[0][:2000])
-    stats_path(shards[1]).write_text('{"succ')
-    assert not is_done(shards[0]) and not is_done(shards[1])
+    _stats_path(shards[1]).write_text('{"succ')
+    assert not _is_done(shards[0]) and not _is_done(shards[1])
     convert()
-    assert len(list(read_samples(map(str, shards), {}))) == 6 and all(map(is_done, shards))
-    assert json.loads(stats_path(shards[1]).read_text())['successes'] == 3
+    assert len(list(read_samples(map(str, shards), {}))) == 6 and all(map(_is_done, shards))
+    assert json.loads(_stats_path(shards[1]).read_text())['successes'] == 3
 
 
 def test_two_converters_do_not_share_a_folder(tmp_path):
@@ -88,6 +88,6 @@ def test_reference_images_of_two_formats_are_refused(tmp_path):
     files = [tmp_path / name for name in ('a.jpg', 'b.jpg', 'c.png')]
     for file in files:
         Image.new('RGB', (32, 32)).save(file)
-    assert image_preparation(files[:2], 16) == 'JPEG, centre crop, 16 pixels' and image_preparation(files[2:]) == 'PNG, whole'
+    assert _image_preparation(files[:2], 16) == 'JPEG, centre crop, 16 pixels' and _image_preparation(files[2:]) == 'PNG, whole'
     with pytest.raises(ValueError, match='JPEG.*PNG'):
-        image_preparation(files, 16)
+        _image_preparation(files, 16)

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from made import write
 
-from flowtok.data.images import MAX_SHARDS, find_shards, read_samples, read_shard
+from flowtok.data.images import _MAX_SHARDS, find_shards, read_samples, read_shard
 from flowtok.data.mixture import find_sources
 from flowtok.training.tasks import plan
 
@@ -72,4 +72,4 @@ def test_a_hundred_million_shards_are_refused_at_once():
     began = time.monotonic()
     with pytest.raises(ValueError):
         find_shards('shards/{000000000..100000000}.tar')
-    assert time.monotonic() - began < 30 and MAX_SHARDS >= 100_000
+    assert time.monotonic() - began < 30 and _MAX_SHARDS >= 100_000
