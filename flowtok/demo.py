@@ -12,7 +12,7 @@ import torch
 
 from .pipeline import FlowTokPipeline
 
-# %% ../nbs/demo.ipynb #3205ccdc
+# %% ../nbs/demo.ipynb #cfd3f3b0
 class _Studio:
     "Draws and captions for many users with one pipeline, one request at a time."
 
@@ -29,7 +29,8 @@ class _Studio:
             if along:
                 states = self.pipe.path(prompt, generator=generators, **options)
                 return [(state[0], f't = {i / (len(states) - 1):.2f}') for i, state in enumerate(states)]
-            return [(image, f'seed {int(seed) + i}') for i, image in enumerate(self.pipe([prompt] * len(generators), generator=generators, **options))]
+            return [(image, f'seed {int(seed) + i}') for i,
+                    image in enumerate(self.pipe([prompt] * len(generators), generator=generators, **options))]
 
     def caption(self, image) -> str:  # a PIL image, or None
         "Caption of an image."
@@ -38,7 +39,7 @@ class _Studio:
         with self.lock:
             return self.pipe.caption(image)[0]
 
-# %% ../nbs/demo.ipynb #648bd9dd
+# %% ../nbs/demo.ipynb #0716bcac
 def build_page(
     pipe: FlowTokPipeline,
 ):  # gradio.Blocks, to launch or to mount
@@ -59,21 +60,27 @@ def build_page(
         return run
 
     with gr.Blocks(title='FlowTok') as page:
-        gr.Markdown(f"# FlowTok\n{pipe.config.name}: {pipe.config.tokenizer.image_size} x {pipe.config.tokenizer.image_size} pixels")
+        gr.Markdown(f"# FlowTok\n{pipe.config.name}: {pipe.config.tokenizer.image_size} x "
+                    f"{pipe.config.tokenizer.image_size} pixels")
         if 'text-to-image' in pipe.tasks:
             with gr.Tab('Text to image'):
                 prompt = gr.Textbox('a blue star', label='Prompt', elem_id='prompt')
                 guided = 'text-to-image' in pipe.config.guided
                 with gr.Row():
-                    settings = [gr.Slider(1, 16, 4, step=1, label='Images'), gr.Number(0, precision=0, label='Seed'), gr.Slider(1, 50, default.steps, step=1, label='Steps')]
+                    settings = [gr.Slider(1, 16, 4, step=1, label='Images'), gr.Number(0, precision=0, label='Seed'),
+                                gr.Slider(1, 50, default.steps, step=1, label='Steps')]
                 with gr.Row():
-                    settings += [gr.Slider(1, 8 if guided else 1.1, default.guidance if guided else 1, step=.1, label='Guidance', interactive=guided),
-                                 gr.Slider(0, 2, default.temperature, step=.05, label='Temperature'), gr.Checkbox(False, label='Show one image at every step')]
-                button, gallery = gr.Button('Draw', variant='primary', elem_id='draw'), gr.Gallery(label='Images', columns=4, elem_id='images', format='png', height='auto')
+                    settings += [gr.Slider(1, 8 if guided else 1.1, default.guidance if guided else 1, step=.1,
+                                           label='Guidance', interactive=guided),
+                                 gr.Slider(0, 2, default.temperature, step=.05, label='Temperature'),
+                                 gr.Checkbox(False, label='Show one image at every step')]
+                button, gallery = gr.Button('Draw', variant='primary', elem_id='draw'), gr.Gallery(label='Images',
+                    columns=4, elem_id='images', format='png', height='auto')
                 for event in (button.click, prompt.submit):
                     event(with_errors(studio.draw), [prompt, *settings], gallery)
         if 'image-to-text' in pipe.tasks:
             with gr.Tab('Image to text'):
-                image, caption = gr.Image(type='pil', label='Image', elem_id='image', height=256), gr.Textbox(label='Caption', elem_id='caption')
+                image, caption = gr.Image(type='pil', label='Image', elem_id='image',
+                                          height=256), gr.Textbox(label='Caption', elem_id='caption')
                 image.change(with_errors(lambda some: '' if some is None else studio.caption(some)), image, caption)
     return page.queue(default_concurrency_limit=1, max_size=64)

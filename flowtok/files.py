@@ -48,7 +48,7 @@ def write_atomically(
         part.write_text(text, encoding='utf-8')
     return Path(path)
 
-# %% ../nbs/files.ipynb #40fd4f6d
+# %% ../nbs/files.ipynb #b7d40b56
 _PENDING_RENAMES = '.pending-renames.json'  # file that holds, for each name, the temporary name of its new content
 
 
@@ -58,7 +58,9 @@ def _pending_renames(folder: str | Path) -> dict[str, Path]:  # name -> temporar
         entries = json.loads((Path(folder) / _PENDING_RENAMES).read_text()).items()
     except (OSError, ValueError, AttributeError):                                # none, or no such file
         return {}
-    own = {name: part for name, part in entries if isinstance(part, str) and part.startswith(f'.{name}-') and is_inside(part) and '/' not in part}
+    own = {name: part for name,
+           part in entries if isinstance(part, str) and part.startswith(f'.{name}-') and is_inside(part)
+           and '/' not in part}
     return {name: Path(folder) / part for name, part in own.items() if (Path(folder) / part).exists()}
 
 
@@ -101,7 +103,7 @@ def replace_files(
             for path in parts.values():
                 path.unlink(missing_ok=True)
 
-# %% ../nbs/files.ipynb #c9be12bd
+# %% ../nbs/files.ipynb #814ff004
 @contextmanager
 def lock_folder(
     folder: str | Path,  # created with its parents where it is absent
@@ -118,13 +120,14 @@ def lock_folder(
         who = holder.read_text().strip() if holder.exists() else 'another process'
         raise OSError(f"{folder} is in use by {who}: wait for it, end it, or choose another folder.") from None
     try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since "
+                          f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         yield folder
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
 
-# %% ../nbs/files.ipynb #1ee42b7f
+# %% ../nbs/files.ipynb #2b2b3559
 def reachable(
     url: str | None = None,  # of a server, None for the Hugging Face hub
     seconds: float = 1.5,  # at most, to connect
@@ -137,7 +140,8 @@ def reachable(
         return True
     address = urlparse(url or constants.ENDPOINT)
     try:
-        socket.create_connection((address.hostname, address.port or (80 if address.scheme == 'http' else 443)), seconds).close()
+        socket.create_connection((address.hostname, address.port or (80 if address.scheme == 'http' else 443)),
+                                 seconds).close()
     except OSError:
         return False
     return True

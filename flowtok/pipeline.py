@@ -81,7 +81,7 @@ class FlowTokPipeline(nn.Module):
             raise RuntimeError(f"This pipeline has no weights for {', '.join(missing)}: it has "
                                f"{', '.join(self.parts) or 'none'}. Train what is missing with nbs/train.ipynb.")
 
-# %% ../nbs/pipeline.ipynb #7f73e052
+# %% ../nbs/pipeline.ipynb #e4407949
 def embedded_weights() -> Path:  # a folder
     "Folder of the small trained model that comes with the package."
     return Path(str(files('flowtok') / 'weights' / 'tiny'))
@@ -94,22 +94,25 @@ def find_pipeline(
     folder = Path(name)
     if folder.is_dir():
         if not current_file(folder, 'config.json').is_file():
-            raise FileNotFoundError(f"{folder} is no pipeline: it has no config.json. Give the `out` folder of a training.")
+            raise FileNotFoundError(f"{folder} is no pipeline: it has no config.json. Give the `out` folder of a "
+                                    f"training.")
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
     try:
-        return Path(snapshot_download(str(name), allow_patterns=['*.json', '*.safetensors'], local_files_only=not reachable()))
+        return Path(snapshot_download(str(name), allow_patterns=['*.json', '*.safetensors'],
+                                      local_files_only=not reachable()))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
         raise FileNotFoundError(f"There is no pipeline {str(name)!r}: it is neither a folder here nor a model that the "
                                 "Hugging Face hub could be asked for.") from None
 
-# %% ../nbs/pipeline.ipynb #cc2f97be
+# %% ../nbs/pipeline.ipynb #5cf498f8
 @patch(cls_method=True)
 def from_pretrained(
     cls: FlowTokPipeline,
     name: str | Path | None = None,  # folder or hub id; None for the model that comes with the package
-    clip: str | Path | None = None,  # weights of CLIP's text encoder, for the sizes that use it; another text model, for those of transformers
+    # weights of CLIP's text encoder, for the sizes that use it; another text model, for those of transformers
+    clip: str | Path | None = None,
     variant: str | None = None,  # of the authors' checkpoints: 'xl' or 'h'; None for a pipeline of this package
     torch_dtype: torch.dtype = torch.float32,  # as `FlowTokPipeline.to`
 ) -> FlowTokPipeline:
@@ -125,14 +128,15 @@ def from_pretrained(
                  for stage, file in files.items() if file.exists()}
     return cls(config, clip, **parts).to(torch_dtype)
 
-# %% ../nbs/pipeline.ipynb #e941d96f
+# %% ../nbs/pipeline.ipynb #b832627e
 def _same_weights(part: nn.Module | None, path: Path) -> bool:
     "Whether a file holds the weights of a part, but for rounding to half precision."
     from safetensors.torch import load_file
     if part is None:
         return False
     own, saved = part.state_dict(), load_file(path)
-    return all(name in own and own[name].shape == x.shape and torch.allclose(own[name].cpu().float(), x.float(), rtol=1e-2, atol=1e-4)
+    return all(name in own and own[name].shape == x.shape
+               and torch.allclose(own[name].cpu().float(), x.float(), rtol=1e-2, atol=1e-4)
                for name, x in saved.items())
 
 
@@ -144,14 +148,20 @@ def _model_card(pipe: FlowTokPipeline, stages: Sequence[str]) -> str:  # Markdow
     size, tasks = pipe.config.tokenizer.image_size, ', '.join(pipe.tasks)
     rows = [f'| {stage} | {sum(p.numel() for p in pipe.parts[stage].parameters()):,} |' for stage in stages]
     use = ["pipe = FlowTokPipeline.from_pretrained('this folder or repository')"]
-    use += ["image = pipe('a blue star')[0]"] * ('text-to-image' in pipe.tasks) + ["caption = pipe.caption(image)[0]"] * ('image-to-text' in pipe.tasks)
-    return (f"{_CARD_HEAD}pipeline_tag: {'text-to-image' if 'text-to-image' in pipe.tasks else 'image-to-text'}\ntags: [flowtok, flow-matching]\n---\n\n"
-            f"# FlowTok {pipe.config.name}\n\nA pipeline of the package `flowtok` (FlowTok, [arXiv:2503.10772](https://arxiv.org/abs/2503.10772)) for {tasks or 'no task yet'}: "
-            f"images of {size} x {size} pixels as {pipe.config.tokenizer.num_tokens} x {pipe.config.tokenizer.token_dim} tokens, text encoder `{pipe.config.text.encoder}`.\n\n"
-            "```python\nfrom flowtok import FlowTokPipeline\n\n" + '\n'.join(use) + "\n```\n\n| part | parameters |\n| --- | --- |\n" + '\n'.join(rows) +
+    use += ["image = pipe('a blue star')[0]"] * ('text-to-image' in pipe.tasks)
+    use += ["caption = pipe.caption(image)[0]"] * ('image-to-text' in pipe.tasks)
+    return (f"{_CARD_HEAD}pipeline_tag: "
+            f"{'text-to-image' if 'text-to-image' in pipe.tasks else 'image-to-text'}\ntags: [flowtok, "
+            f"flow-matching]\n---\n\n"
+            f"# FlowTok {pipe.config.name}\n\nA pipeline of the package `flowtok` (FlowTok, "
+            f"[arXiv:2503.10772](https://arxiv.org/abs/2503.10772)) for {tasks or 'no task yet'}: "
+            f"images of {size} x {size} pixels as {pipe.config.tokenizer.num_tokens} x "
+            f"{pipe.config.tokenizer.token_dim} tokens, text encoder `{pipe.config.text.encoder}`.\n\n"
+            "```python\nfrom flowtok import FlowTokPipeline\n\n" + '\n'.join(use)
+            + "\n```\n\n| part | parameters |\n| --- | --- |\n" + '\n'.join(rows) +
             "\n\nTraining data, evaluation and licence: to be filled in by who trained it.\n")
 
-# %% ../nbs/pipeline.ipynb #3c48e2a6
+# %% ../nbs/pipeline.ipynb #c1861fff
 @patch
 def save_pretrained(
     self: FlowTokPipeline,
@@ -159,19 +169,22 @@ def save_pretrained(
     stages: Sequence[str] | None = None,  # which parts, None for all there are
     dtype: torch.dtype | None = torch.float16,  # of the numbers in the files
 ):
-    "Save a pipeline as a folder, at once or not at all; ValueError where parts of another pipeline would be left beside it."
+    "Save a pipeline as a folder, at once or not at all; ValueError beside parts of another pipeline."
     stages = list(self.parts if stages is None else stages)
     self.require_weights(*stages)
     with replace_files(folder) as part:
-        foreign = [stage for stage in _PARTS if stage not in stages and current_file(folder, f'{stage}.safetensors').exists()
+        foreign = [stage for stage in _PARTS if stage not in stages
+                   and current_file(folder, f'{stage}.safetensors').exists()
                    and not _same_weights(self.parts.get(stage), current_file(folder, f'{stage}.safetensors'))]
         if foreign:
-            raise ValueError(f"{folder} holds {', '.join(foreign)} of another pipeline: choose another folder, or save these parts, too.")
+            raise ValueError(f"{folder} holds {', '.join(foreign)} of another pipeline: choose another folder, or "
+                             f"save these parts, too.")
         for stage in stages:
             save_weights(self.parts[stage], part(f'{stage}.safetensors'), dtype, training=False, stage=stage)
         part('config.json').write_text(to_json(self.config) + '\n', encoding='utf-8')
         card = Path(folder) / 'README.md'
-        if not card.exists() or card.read_text(encoding='utf-8').startswith(_CARD_HEAD):      # a person's own text stays
+        # a person's own text stays
+        if not card.exists() or card.read_text(encoding='utf-8').startswith(_CARD_HEAD):
             part('README.md').write_text(_model_card(self, stages), encoding='utf-8')
 
 
@@ -193,15 +206,16 @@ def push_to_hub(
         name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=commit_message))
 
-# %% ../nbs/pipeline.ipynb #79241f86
+# %% ../nbs/pipeline.ipynb #1709f3d2
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
 @patch
-def transformer_blocks(self: FlowTokPipeline) -> tuple[list[nn.ModuleList], list[nn.ModuleList]]:  # of the flows, of the tokenizer
+def transformer_blocks(self: FlowTokPipeline) -> tuple[list[nn.ModuleList], list[nn.ModuleList]]:
     "The transformer blocks of the networks that sampling runs."
     flows = [part.dit.blocks for part in self.parts.values() if isinstance(part, FlowTok)]
-    sides = [side.blocks for part in self.parts.values() if isinstance(part, ImageTokenizer) for side in (part.encoder, part.decoder)]
+    sides = [side.blocks for part in self.parts.values() if isinstance(part, ImageTokenizer)
+             for side in (part.encoder, part.decoder)]
     return flows, sides
 
 
@@ -243,7 +257,7 @@ def bfloat16(self: FlowTokPipeline) -> FlowTokPipeline: return self.to(torch.bfl
 @patch
 def float(self: FlowTokPipeline) -> FlowTokPipeline: return self.to(torch.float32)
 
-# %% ../nbs/pipeline.ipynb #d3e57c5a
+# %% ../nbs/pipeline.ipynb #c5f337b9
 def _draw_noise(
     shape: tuple[int, ...], n: int, generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Tensor:  # float32, on the CPU, (n, *shape)
@@ -252,14 +266,17 @@ def _draw_noise(
         generator = [generator] * n
     if len(generator) != n:
         raise ValueError(f"{n} images need {n} generators, or one for all: got {len(generator)}.")
-    return torch.stack([torch.randn(shape, generator=g, device='cpu' if g is None else g.device, dtype=torch.float32).cpu() for g in generator])
+    return torch.stack([torch.randn(shape, generator=g, device='cpu' if g is None else g.device,
+                                    dtype=torch.float32).cpu() for g in generator])
 
 
 def _check_generator(generator):
     "Raise ValueError unless it is None, a torch.Generator or several of them."
-    several = isinstance(generator, Sequence) and generator and all(isinstance(one, torch.Generator) for one in generator)
+    several = isinstance(generator,
+                         Sequence) and generator and all(isinstance(one, torch.Generator) for one in generator)
     if generator is not None and not isinstance(generator, torch.Generator) and not several:
-        raise ValueError(f"generator must be a torch.Generator or a list of them, as torch.Generator().manual_seed(42): got {generator!r}.")
+        raise ValueError(f"generator must be a torch.Generator or a list of them, as "
+                         f"torch.Generator().manual_seed(42): got {generator!r}.")
 
 
 def _check_prompts(prompts):
@@ -287,19 +304,24 @@ def _postprocess(images: Tensor, output_type: str) -> list | Tensor:
     from PIL import Image
     return [Image.fromarray(pixels) for pixels in to_pixels(images)]
 
-# %% ../nbs/pipeline.ipynb #c2c3df32
+# %% ../nbs/pipeline.ipynb #21de76d2
 @patch
 def stream(
-    self: FlowTokPipeline, prompts: str | Iterable[str], num_inference_steps=None, guidance_scale=None, generator=None, output_type='pil', *,
-    num_images_per_prompt=1, text_at_decoding=True, batch_size=64, temperature=None, guidance_interval=None, solver='euler', times=None, return_path=False,
+    self: FlowTokPipeline, prompts: str | Iterable[str], num_inference_steps=None, guidance_scale=None,
+    generator=None, output_type='pil', *,
+    num_images_per_prompt=1, text_at_decoding=True, batch_size=64, temperature=None, guidance_interval=None,
+    solver='euler', times=None, return_path=False,
 ) -> Iterator:  # of lists or tensors of at most batch_size images, in order
     "As `FlowTokPipeline.__call__`, batch by batch in bounded memory; an iterator of prompts is read lazily."
     if output_type not in _OUTPUT_TYPES:
         raise ValueError(f"output_type must be one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}.")
-    batch_size, num_images_per_prompt = check_integer('batch_size', batch_size), check_integer('num_images_per_prompt', num_images_per_prompt)
+    batch_size, num_images_per_prompt = check_integer('batch_size',
+                                                      batch_size), check_integer('num_images_per_prompt',
+                                                          num_images_per_prompt)
     _check_generator(generator)
     self.require_weights(*self.parts_for('text-to-image'))
-    how = self.sampling('text-to-image', num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, guidance_interval=guidance_interval,
+    how = self.sampling('text-to-image', num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+                        guidance_interval=guidance_interval,
                         solver=solver, times=times, temperature=temperature)
     _check_prompts(prompts)
     if isinstance(prompts, (str, Sequence)):
@@ -315,7 +337,7 @@ def stream(
         batches = map(self.text_encoder.tokenize, _batched(repeated, batch_size))
     return self.generate_batches(batches, generator, how, output_type, text_at_decoding, return_path)
 
-# %% ../nbs/pipeline.ipynb #40344ea0
+# %% ../nbs/pipeline.ipynb #2e31e7b0
 def _padded(x: Tensor, rows: int) -> Tensor:  # (b, ...) -> (at least rows, ...)
     "Repeat the last row up to a number of rows: a compiled network has one batch size."
     return x if len(x) >= rows else torch.cat([x, x[-1:].expand(rows - len(x), *x.shape[1:])])
@@ -331,21 +353,26 @@ def sampling(
     default, stage = self.config.sampling, self.parts_for(task)[-1]
     own = {'num_inference_steps': default.caption_steps, 'guidance_interval': (0., 1.)}
     if task == 'text-to-image':
-        own = {'num_inference_steps': default.steps, 'guidance_interval': default.guidance_interval, 'temperature': default.temperature}
+        own = {'num_inference_steps': default.steps, 'guidance_interval': default.guidance_interval,
+               'temperature': default.temperature}
         if given.get('guidance_interval') is not None and self.parts[stage].config.flow.flow_map:
-            raise ValueError(f"guidance_interval must be left out, got {given['guidance_interval']!r}: the guidance of a flow map is in its weights.")
-    scale = guidance_scale_of(self.config, task if task == 'text-to-image' else stage, given.pop('guidance_scale', None))
+            raise ValueError(f"guidance_interval must be left out, got {given['guidance_interval']!r}: the guidance "
+                             f"of a flow map is in its weights.")
+    scale = guidance_scale_of(self.config, task if task == 'text-to-image' else stage,
+                              given.pop('guidance_scale', None))
     given = {name: value for name, value in given.items() if value is not None or name == 'solver'}
     return Sampling(**own | {'schedule': default.schedule, 'guidance_scale': scale} | given)
 
-# %% ../nbs/pipeline.ipynb #13301041
+# %% ../nbs/pipeline.ipynb #3535c096
 @patch
 def generate_batches(
-    self: FlowTokPipeline, batches: Iterable[Tensor], generator, how: Sampling, output_type: str, text_at_decoding: bool, return_path: bool,
+    self: FlowTokPipeline, batches: Iterable[Tensor], generator, how: Sampling, output_type: str,
+    text_at_decoding: bool, return_path: bool,
 ):
     "Generate images for batches of token ids; `stream` has checked the arguments."
     flow, rows = self.parts[self.parts_for('text-to-image')[-1]], 0
-    shape, generators = (self.config.text.length, self.config.tokenizer.token_dim), iter(generator) if isinstance(generator, Sequence) else None
+    shape, generators = (self.config.text.length,
+                         self.config.tokenizer.token_dim), iter(generator) if isinstance(generator, Sequence) else None
 
     def encode(ids: Tensor) -> tuple[Tensor, ...]:
         features = self.text_encoder(ids)
@@ -372,7 +399,7 @@ def decode_tokens(self: FlowTokPipeline, tokens: Tensor, features: Tensor | None
         return tokens
     return _postprocess(self.tokenizer.decode(self.tokenizer.from_flow(tokens), features), output_type)
 
-# %% ../nbs/pipeline.ipynb #28551fe7
+# %% ../nbs/pipeline.ipynb #84fab098
 @patch
 def __call__(
     self: FlowTokPipeline,
@@ -394,17 +421,20 @@ def __call__(
     _check_prompts(prompt)
     prompt = [prompt] if isinstance(prompt, str) else list(prompt)
     batches = list(self.stream(
-        prompt, num_inference_steps, guidance_scale, generator, output_type, num_images_per_prompt=num_images_per_prompt,
+        prompt, num_inference_steps, guidance_scale, generator, output_type,
+        num_images_per_prompt=num_images_per_prompt,
         text_at_decoding=text_at_decoding, batch_size=batch_size, temperature=temperature,
         guidance_interval=guidance_interval, solver=solver, times=times))
     return torch.cat(batches) if isinstance(batches[0], Tensor) else [image for batch in batches for image in batch]
 
-# %% ../nbs/pipeline.ipynb #70555619
+# %% ../nbs/pipeline.ipynb #5ad6b85e
 def _check_pixels(pixels: np.ndarray | Tensor):
     "Raise ValueError unless pixels are floats in [0, 1], but for rounding."
     pixels = torch.as_tensor(pixels)
-    if not pixels.is_floating_point() or not (pixels.isfinite().all() and pixels.min() >= -.01 and pixels.max() <= 1.01):
-        raise ValueError(f"Images must hold floats in [0, 1] (or be uint8 arrays), got {pixels.dtype} from {pixels.min()} to {pixels.max()}.")
+    if not pixels.is_floating_point() or not (pixels.isfinite().all() and pixels.min() >= -.01
+                                              and pixels.max() <= 1.01):
+        raise ValueError(f"Images must hold floats in [0, 1] (or be uint8 arrays), got {pixels.dtype} from "
+                         f"{pixels.min()} to {pixels.max()}.")
 
 
 def _read_image(image, size: int) -> np.ndarray:  # (size, size, 3) uint8
@@ -424,7 +454,7 @@ def _read_image(image, size: int) -> np.ndarray:  # (size, size, 3) uint8
             check_size(image, size=size)
             return fit_image(upright(image), size)
         except Skip as reason:
-            raise ValueError(f"The image of {image.size[0]} x {image.size[1]} pixels cannot be used: {reason}.") from None
+            raise ValueError(f"The image of {image.size[0]} x {image.size[1]} pixels is not usable: {reason}.") from None
     if str(image).startswith(('http://', 'https://')):
         from urllib.request import urlopen
         with urlopen(str(image), timeout=30) as response:
@@ -438,7 +468,7 @@ def _read_image(image, size: int) -> np.ndarray:  # (size, size, 3) uint8
     except Skip as reason:
         raise ValueError(f"{image} cannot be read as an image: {reason}.") from None
 
-# %% ../nbs/pipeline.ipynb #be8bccdb
+# %% ../nbs/pipeline.ipynb #f710909e
 @patch
 def prepare_images(
     self: FlowTokPipeline,
@@ -448,7 +478,8 @@ def prepare_images(
     size = self.config.tokenizer.image_size
     if isinstance(images, Tensor):
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(f"A tensor of images must have the shape (b, 3, {size}, {size}), got {tuple(images.shape)}: "
+            raise ValueError(f"A tensor of images must have the shape (b, 3, {size}, {size}), got "
+                             f"{tuple(images.shape)}: "
                              "give PIL images to have them resized.")
         _check_pixels(images)
         return images.to(torch.float32)
@@ -486,7 +517,7 @@ def caption(
         captions += self.text_encoder.decode_ids(decoder(x1).argmax(-1))
     return captions
 
-# %% ../nbs/pipeline.ipynb #860def6f
+# %% ../nbs/pipeline.ipynb #c36cbdee
 PRECISIONS = dict(zip(('fp32', 'bf16', 'fp16'), _DTYPES))
 
 
@@ -497,7 +528,7 @@ def optimize(
     *,
     compile: bool = False,  # whether to compile the networks, once for each batch size
 ) -> FlowTokPipeline:  # itself
-    "Make sampling faster, by lower precision or compilation; every result stays that of the plain pipeline but for rounding."
+    "Make sampling faster, by lower precision or compilation; results are the plain pipeline's but for rounding."
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
     self.to(PRECISIONS[precision])
@@ -512,7 +543,7 @@ def optimize(
     self.compiled = compile
     return self
 
-# %% ../nbs/pipeline.ipynb #74884ff4
+# %% ../nbs/pipeline.ipynb #54520d4c
 @patch
 def path(
     self: FlowTokPipeline,
@@ -526,7 +557,8 @@ def path(
     "Generate images and return them at every step of the flow."
     _check_prompts(prompt)
     prompt = [prompt] if isinstance(prompt, str) else list(prompt)
-    batches = list(self.stream(prompt, num_inference_steps, guidance_scale, generator, output_type, return_path=True, **options))
+    batches = list(self.stream(prompt, num_inference_steps, guidance_scale, generator, output_type, return_path=True,
+                               **options))
     join = torch.cat if output_type != 'pil' else lambda parts: [image for part in parts for image in part]
     return [join(parts) for parts in zip(*batches)]
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_flowtok', 'load_tokenizer', 'released_pipeline', 'convert']
 
-# %% ../nbs/pretrained.ipynb #e9c1050a
+# %% ../nbs/pretrained.ipynb #b820b414
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from .files import reachable, write_atomically
-from .models.released import (FLOWTOK_NAMES, ROPE_KEYS, SUFFIXES, build_model, check_rotary, flowtok_config, listed,
+from .models.released import (FLOWTOK_NAMES, ROPE_KEYS, SUFFIXES, build_model, check_rotary, flowtok_config,
+                                     listed,
                                  read_state, tokenizer_config, tokenizer_names)
 from .config import FlowTokConfig, from_json, to_json
 from .models.flowtok import FlowTok, is_training_only, save_weights
@@ -92,7 +93,7 @@ def _own_config(path: Path, **heads: int | None) -> FlowTokConfig:
             config = replace(config, **{part: replace(getattr(config, part), **{field: given})})
     return config
 
-# %% ../nbs/pretrained.ipynb #fb39bc11
+# %% ../nbs/pretrained.ipynb #7feab3d3
 def load_flowtok(
     path_or_hub_id: str | Path,  # .pth, .bin or .safetensors, a folder, 'owner/name' or 'owner/name/file'
     *,
@@ -104,7 +105,8 @@ def load_flowtok(
     state = read_state(path)
     if _is_own(state, FlowTok, path):
         config = _own_config(path, flow__heads=num_heads, text__projector_heads=projector_num_heads)
-        fresh = FlowTok(config).state_dict()                                     # what only training needs may be missing
+        # what only training needs may be missing
+        fresh = FlowTok(config).state_dict()
         state = {name: x for name, x in fresh.items() if is_training_only(FlowTok, name)} | state
         return build_model(FlowTok, config, state, {}, path)
     config = flowtok_config(state, path, num_heads, projector_num_heads)

@@ -22,7 +22,7 @@ from flowtok.lab.records import read_record
 
 perceptual = 'perceptual_weight=1.1 convnext_share=.1'
 smoke = {'train': {'anywhere': 1, 'changes': perceptual}, 'cluster': {'seconds': .1, 'samples': 500, 'scale': 'tiny', 'budgets': ''}, 'quickstart': {'steps': 4, 'samples': 32, 'num_inference_steps': 2},
-         'solvers': {'n': 4, 'most': 3, 'fine': 6},
+         'solvers': {'n': 4, 'most': 3},
          'speed': {'scale': 'tiny', 'batch_size': 3, 'steps': 2, 'repeats': 1, 'train': 4, 'most_images': 2, 'most_steps': 2, 'seconds': .1, 'compile': False},
          'benchmark_coco': {'n': 12, 'num_inference_steps': 2, 'bootstraps': 2}, 'benchmark_mjhq': {'n': 20, 'num_inference_steps': 2, 'bootstraps': 2},
          'benchmark_captions': {'n': 6, 'scores': 'plain'}, 'ablations': {'only': 'base,target pool', 'seeds': 2},

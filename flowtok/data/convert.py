@@ -94,7 +94,7 @@ def mjhq_entries(
         raise ValueError(f"File {path} is not laid out as MJHQ's meta_data.json is: "
                          "{id: {'category': ..., 'prompt': ...}}.") from None
 
-# %% ../../nbs/data/05_convert.ipynb #c9bc75ef
+# %% ../../nbs/data/05_convert.ipynb #b9a17757
 _IMAGE_ENDINGS = '.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff'
 _VECTOR_ENDINGS = '.svg', '.svgz'  # listed, and left out with a count
 
@@ -117,7 +117,8 @@ def folder_entries(
         folders[:] = [name for name in folders if not name.startswith('.')]
         links += [Path(root, name).relative_to(folder) for name in folders if Path(root, name).is_symlink()]
         names += [Path(root, name).relative_to(folder) for name in files if not name.startswith('.')]
-    entries = sorted([name.as_posix() for name in names if name.suffix.lower() in _IMAGE_ENDINGS + _VECTOR_ENDINGS] + [link.as_posix() for link in links])
+    entries = sorted([name.as_posix() for name in names if name.suffix.lower() in _IMAGE_ENDINGS + _VECTOR_ENDINGS]
+                     + [link.as_posix() for link in links])
     if not entries:
         raise ValueError(f"Folder {folder} holds no images: their names end in {', '.join(_IMAGE_ENDINGS)}.")
     texts = {name.with_suffix('') for name in names if name.suffix == '.txt'}
@@ -125,7 +126,8 @@ def folder_entries(
         raise ValueError(f"Folder {folder} holds {len(entries):,} images and no captions: "
                          "put a .txt beside each, or name a table with --captions.")
     entries = [ImageEntry(f'{i:09d}', name, None, {'file': name}) for i, name in enumerate(entries)]
-    return [entry._replace(captions=_first_lines(Path(folder, entry.file).with_suffix('.txt'))) for entry in entries] if first_line else entries
+    return [entry._replace(captions=_first_lines(Path(folder, entry.file).with_suffix('.txt')))
+            for entry in entries] if first_line else entries
 
 # %% ../../nbs/data/05_convert.ipynb #9f0544b2
 _TABLES = {'.csv': ',', '.tsv': '\t', '.jsonl': None}  # ending -> what stands between the columns
@@ -296,7 +298,7 @@ def _pack_sample(entry: ImageEntry, captions: list[str], data: bytes, *how) -> d
     facts = {**entry.facts, **dict(caption=captions[0], captions=captions, key=entry.key, status='success', **sizes)}
     return {'__key__': entry.key, ending: data, 'txt': captions[0].encode(), 'json': json.dumps(facts).encode()}
 
-# %% ../../nbs/data/05_convert.ipynb #2f3592ca
+# %% ../../nbs/data/05_convert.ipynb #4c12ad55
 def _stats_path(shard: Path) -> Path:
     "The file of counts beside a shard."
     return shard.with_name(f'{shard.stem}_stats.json')
@@ -329,12 +331,13 @@ def _pack_shard(shard: Path, entries: list[ImageEntry], samples: Iterator[dict |
         shard.unlink()
     reasons = Counter(each['reason'] for each in dropped.values())
     successes, missing = len(entries) - len(dropped), reasons['missing image']
-    stats = dict(count=len(entries), successes=successes, bytes=shard.stat().st_size if shard.exists() else 0, failed_to_download=missing,
+    stats = dict(count=len(entries), successes=successes, bytes=shard.stat().st_size if shard.exists() else 0,
+                 failed_to_download=missing,
                  failed_to_resize=reasons['unreadable image'] + reasons['too many pixels'],
                  status_dict={'success': successes, **reasons}, dropped=dropped)
     write_atomically(_stats_path(shard), json.dumps(stats))
 
-# %% ../../nbs/data/05_convert.ipynb #e90d3948
+# %% ../../nbs/data/05_convert.ipynb #a311425a
 _AHEAD = 256  # images that are made before they are written
 
 
@@ -362,7 +365,8 @@ def _shared_map(processes: int) -> Iterator[Callable]:  # like `map`, in the sam
         return
     resource_tracker.ensure_running()               # later, it would let the signal through again
     handler = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})             # inherited, until `_init_converter` runs
+    # inherited, until `_init_converter` runs
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         with ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), _init_converter) as pool:
             for _ in range(processes):
@@ -408,7 +412,7 @@ def list_reasons(counts: dict) -> str:
     "Format the counts of dropped images by reason."
     return ', '.join(f'{reason} {n:,}' for reason, n in counts.items() if reason != 'kept')
 
-# %% ../../nbs/data/05_convert.ipynb #40b7b56a
+# %% ../../nbs/data/05_convert.ipynb #d8a9e563
 def _finish_conversion(out: Path, plan: dict, pieces: dict) -> dict:  # what source.json holds
     "Sum the counts of all shards and remove temporary files of interrupted runs."
     dropped = {}
@@ -422,11 +426,12 @@ def _finish_conversion(out: Path, plan: dict, pieces: dict) -> dict:  # what sou
         raise ValueError(f"No image of {plan['name']} can be kept: {list_reasons(counts)}.")
     for part in (*out.glob('.*.tar-*'), *out.glob('.*.json-*')):
         part.unlink(missing_ok=True)
-    source = {**plan, 'shards': sum(shard.exists() for shard in pieces), **data_identity(plan['name'], counts, written_keys)}
+    source = {**plan, 'shards': sum(shard.exists() for shard in pieces),
+              **data_identity(plan['name'], counts, written_keys)}
     write_atomically(out / 'source.json', json.dumps(source))
     return source
 
-# %% ../../nbs/data/05_convert.ipynb #1afd9a91
+# %% ../../nbs/data/05_convert.ipynb #21b5cf80
 def convert_images(
     name: str,  # of the set, for source.json
     entries: list[ImageEntry],  # in the order in which they are written
@@ -443,7 +448,8 @@ def convert_images(
     "Write a data set as shards; finished shards are kept."
     check_request(name, entries, folder, samples_per_shard=samples_per_shard, processes=processes)
     _check_packing(size, fit, min_side)
-    out, n, make = Path(out), samples_per_shard, partial(_make_sample, folder=folder, size=size, fit=fit, min_side=min_side)
+    out, n, make = Path(out), samples_per_shard, partial(_make_sample, folder=folder, size=size, fit=fit,
+                                                         min_side=min_side)
     listed = data_identity(name, {}, map(json.dumps, entries))['hash']
     plan = dict(name=name, pictures=len(entries), list=listed, size=size, samples_per_shard=n)
     plan |= {name: value for name, value in (('fit', fit), ('min_side', min_side)) if value not in ('crop', 0)}
@@ -475,7 +481,7 @@ def _convert_shards(out: Path, plan: dict, pieces: dict, make: Callable, process
     except OSError as error:
         raise OSError(f"Folder {out} cannot be written: {error.strerror or error}.") from None
 
-# %% ../../nbs/data/05_convert.ipynb #b941a2b5
+# %% ../../nbs/data/05_convert.ipynb #0ccce614
 def _dataset_rows(name: str, split: str = 'train') -> tuple[Iterator[dict], list[str]]:
     "Stream the rows of a Hugging Face data set; no code that comes with it runs."
     try:
@@ -486,12 +492,15 @@ def _dataset_rows(name: str, split: str = 'train') -> tuple[Iterator[dict], list
     if Path(name).is_dir() and not files:
         raise FileNotFoundError(f"Folder {name} holds no parquet files.")
     if not files and not reachable():
-        raise FileNotFoundError(f"There is no data set {name!r}: it is no folder here, and the Hugging Face hub does not answer.")
+        raise FileNotFoundError(f"There is no data set {name!r}: it is no folder here, and the Hugging Face hub "
+                                f"does not answer.")
     try:
-        rows = load_dataset('parquet', data_files=files, split='train', streaming=True) if files else load_dataset(name, split=split, streaming=True)
+        rows = load_dataset('parquet', data_files=files, split='train',
+                            streaming=True) if files else load_dataset(name, split=split, streaming=True)
         columns = list(rows.features or next(iter(rows)))
     except (ValueError, OSError, StopIteration) as error:
-        raise ValueError(f"The data set {name!r} cannot be read: {str(error).splitlines()[0] if str(error) else 'it is empty'}") from None
+        raise ValueError(f"The data set {name!r} cannot be read: "
+                         f"{str(error).splitlines()[0] if str(error) else 'it is empty'}") from None
     for column, feature in (rows.features or {}).items():
         if isinstance(feature, ImageColumn):
             rows = rows.cast_column(column, ImageColumn(decode=False))
@@ -511,7 +520,7 @@ def _row_sample(entry: ImageEntry, image: object, *how) -> dict | str:
     except _Dropped as reason:
         return str(reason)
 
-# %% ../../nbs/data/05_convert.ipynb #00897743
+# %% ../../nbs/data/05_convert.ipynb #468bc4a9
 def convert_dataset(
     name: str,  # as `_dataset_rows`
     out: str | Path,  # for the shards of this set alone
@@ -534,26 +543,33 @@ def convert_dataset(
         check_integer('limit', limit)
     rows, columns = _dataset_rows(str(name), split)
     image = _find_column([dict.fromkeys(columns)], name, 'image', (image_column,) if image_column else _IMAGE_COLUMNS)
-    caption = _find_column([dict.fromkeys(columns)], name, 'caption', (caption_column,) if caption_column else _CAPTION_COLUMNS)
+    caption = _find_column([dict.fromkeys(columns)], name, 'caption',
+                           (caption_column,) if caption_column else _CAPTION_COLUMNS)
     out, pieces, numbered = Path(out), {}, enumerate(islice(rows, limit))
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out), tqdm(desc=str(name), unit=' images', mininterval=1, disable=not progress) as bar:
-        about = dict(name=f'hf:{name}', split=split, image=image, caption=caption, size=size, fit=fit, min_side=min_side, samples_per_shard=samples_per_shard, limit=limit)
+        about = dict(name=f'hf:{name}', split=split, image=image, caption=caption, size=size, fit=fit,
+                     min_side=min_side, samples_per_shard=samples_per_shard, limit=limit)
         claim_folder(out, about, 'plan.json')
         while batch := list(islice(numbered, samples_per_shard)):
             shard, entries = out / f'{len(pieces):05d}.tar', []
             for i, row in batch:
                 texts = row[caption] if isinstance(row[caption], list) else [row[caption]]
-                facts = {key: value for key, value in row.items() if key not in (image, caption) and isinstance(value, (str, int, float, bool))}
+                facts = {key: value for key,
+                         value in row.items() if key not in (image, caption)
+                         and isinstance(value, (str, int, float, bool))}
                 entries.append(ImageEntry(f'{i:09d}', f'row {i}', texts, facts))
             if not _is_done(shard):
-                _pack_shard(shard, entries, (_row_sample(entry, row[image], size, fit, min_side) for entry, (_, row) in zip(entries, batch)), bar.update)
-            pieces[shard] = [entry._replace(captions=None, facts={}) for entry in entries]       # all that the end needs is keys
+                _pack_shard(shard, entries,
+                            (_row_sample(entry, row[image], size, fit, min_side) for entry,
+                             (_, row) in zip(entries, batch)), bar.update)
+            # all that the end needs is keys
+            pieces[shard] = [entry._replace(captions=None, facts={}) for entry in entries]
         if not pieces:
             raise ValueError(f"The data set {name!r} holds no rows.")
         return _finish_conversion(out, about | {'pictures': sum(map(len, pieces.values()))}, pieces)
 
-# %% ../../nbs/data/05_convert.ipynb #26e17614
+# %% ../../nbs/data/05_convert.ipynb #13b34029
 def local_data(
     data: str | Path,  # 'hf:' and a data set, or anything that training reads as it is
     folder: str | Path,  # of the training; gets the shards of a data set
@@ -563,7 +579,8 @@ def local_data(
     "What training reads: a data set of Hugging Face becomes shards first."
     if not str(data).startswith('hf:'):
         if image_column or caption_column:
-            raise ValueError(f"image_column and caption_column belong to a data set of Hugging Face, as data = 'hf:NAME'; got data {str(data)!r}.")
+            raise ValueError(f"image_column and caption_column belong to a data set of Hugging Face, as data = "
+                             f"'hf:NAME'; got data {str(data)!r}.")
         return str(data)
     shards = Path(folder) / 'dataset'
     convert_dataset(str(data).removeprefix('hf:'), shards, image_column, caption_column, progress=True)

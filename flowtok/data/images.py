@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..files import atomic_path
 
-# %% ../../nbs/data/01_images.ipynb #c709dcfc
+# %% ../../nbs/data/01_images.ipynb #8e9eccce
 _MAX_SHARDS = 1_000_000  # of a data set
 
 
@@ -42,14 +42,16 @@ def find_shards(
     if os.path.isdir(name):
         name = os.path.join(glob.escape(name), '*.tar')
     ranges = re.findall(r'\{(-?\d+)\.\.(-?\d+)', name)
-    many = math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > _MAX_SHARDS     # counted, since to expand them takes minutes
+    # counted, since to expand them takes minutes
+    many = math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > _MAX_SHARDS
     names = [] if many else list(islice(braceexpand.braceexpand(name), _MAX_SHARDS + 1))
     if many or len(names) > _MAX_SHARDS:
         raise ValueError(f"{data!s} names more than {_MAX_SHARDS:,} shards: give fewer, larger ones.")
     if is_remote(name):
         return names
     found = (path for part in names for path in (glob.glob(part) if glob.has_magic(part) else [part]))
-    shards = sorted(os.path.join('.', path) if is_remote(path) else path for path in found)      # a file may be called pipe:...
+    # a file may be called pipe:...
+    shards = sorted(os.path.join('.', path) if is_remote(path) else path for path in found)
     if not any(map(os.path.exists, shards)):
         raise FileNotFoundError(f"No shards at {data!s}: give a folder of .tar files, a pattern like 'shards/*.tar', "
                                 "or 'scenes' for the embedded images.")
@@ -140,7 +142,7 @@ def _cache_shard(key: tuple, samples: list, faults: Counter):
     while sum(size for _, size, _ in _shard_cache) > _SHARD_CACHE_BYTES:
         del _shard_cache[next(iter(_shard_cache))]
 
-# %% ../../nbs/data/01_images.ipynb #3986415d
+# %% ../../nbs/data/01_images.ipynb #5ada9ca6
 def read_shard(
     shard: str,  # one of `find_shards`
     faults: Counter,  # what is wrong with it is counted here
@@ -148,7 +150,8 @@ def read_shard(
     parts: int = 1,  # of how many
 ) -> Iterator[dict]:  # a sample: ending of the file -> bytes, and its __key__
     "Read the samples of a shard, or of a part of it; small local shards are cached after the first pass."
-    if not is_remote(shard) and os.path.exists(shard) and not os.path.isfile(shard):             # a pipe would never end
+    # a pipe would never end
+    if not is_remote(shard) and os.path.exists(shard) and not os.path.isfile(shard):
         faults['shard: not a file'] += 1
         return
     stat = os.stat(shard) if not is_remote(shard) and os.path.isfile(shard) else None
@@ -360,7 +363,7 @@ def image_bytes(
             return sample[ending]
     raise Skip('no image')
 
-# %% ../../nbs/data/01_images.ipynb #c49ed1fa
+# %% ../../nbs/data/01_images.ipynb #0dcb7463
 def show_grid(
     images,  # PIL images, uint8 arrays (h, w, 3), or one tensor (n, 3, h, w) in [0, 1]
     captions: list[str] | None = None,  # of the images; repeated where they are fewer; None for none
@@ -378,7 +381,8 @@ def show_grid(
     columns, wide = min(columns, len(images)), max(size, images[0].width)
     lines = [[line for part in text.splitlines() for line in wrap(part, wide // 7)] for text in captions or []]
     high, text = wide * images[0].height // images[0].width, 16 * max(map(len, lines)) + 6 if lines else 0
-    grid = Image.new('RGB', ((wide + gap) * columns - gap, (high + text + gap) * -(-len(images) // columns) - gap), 'white')
+    grid = Image.new('RGB', ((wide + gap) * columns - gap, (high + text + gap) * -(-len(images) // columns) - gap),
+                     'white')
     for i, image in enumerate(images):
         x, y = i % columns * (wide + gap), i // columns * (high + text + gap)
         grid.paste(image.convert('RGB').resize((wide, high), Image.Resampling.NEAREST), (x, y))
@@ -386,7 +390,7 @@ def show_grid(
             ImageDraw.Draw(grid).text((x + 2, y + high), '\n'.join(lines[i % len(lines)]), fill='black', font_size=12)
     return grid
 
-# %% ../../nbs/data/01_images.ipynb #007dd892
+# %% ../../nbs/data/01_images.ipynb #7f345588
 def save_animation(
     frames: list,  # of each time: images as `show_grid` takes them
     path: str | Path,  # .gif or .webp
@@ -400,10 +404,12 @@ def save_animation(
     "Save grids of images as an animation without end."
     if Path(path).suffix not in ('.gif', '.webp'):
         raise ValueError(f"An animation must be a .gif or a .webp, got {path}.")
-    texts = [[f't = {t:.2f}\n{text}' for text in captions or ['']] for t in times] if times else [captions] * len(frames)
+    texts = [[f't = {t:.2f}\n{text}' for text in captions or ['']]
+             for t in times] if times else [captions] * len(frames)
     first, *others = [show_grid(images, own, columns, size) for images, own in zip(frames, texts, strict=True)]
     with atomic_path(path) as part:
-        first.save(part, Path(path).suffix[1:], save_all=True, append_images=others, duration=[milliseconds] * len(others) + [hold], loop=0)
+        first.save(part, Path(path).suffix[1:], save_all=True, append_images=others,
+                   duration=[milliseconds] * len(others) + [hold], loop=0)
 
 # %% ../../nbs/data/01_images.ipynb #b0206681
 def read_moments(

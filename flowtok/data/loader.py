@@ -73,7 +73,7 @@ class _Plan:
     seed: int
     buffer: int  # samples that a stream shuffles at a time
 
-# %% ../../nbs/data/03_loader.ipynb #9380f3a1
+# %% ../../nbs/data/03_loader.ipynb #78bece01
 def _read_source(plan: _Plan, stream: int, i: int, at: list[int], counts: Counter) -> Iterator:
     "Rows of one source for one stream."
     source, shards, barren, missed = plan.sources[i], plan.shards[i], set(), 0
@@ -83,7 +83,8 @@ def _read_source(plan: _Plan, stream: int, i: int, at: list[int], counts: Counte
         shard, part = divmod(_part_of_pass(visit, stream, plan.streams, len(shards) * parts, plan.seed, i), parts)
         if at[1] == 0:
             barren.add((shard, part))
-        samples = _shuffle_buffer(read_shard(shards[shard], faults, part, parts), plan.buffer, _random_at(plan.seed, stream, i, visit, 2))
+        samples = _shuffle_buffer(read_shard(shards[shard], faults, part, parts), plan.buffer,
+                                  _random_at(plan.seed, stream, i, visit, 2))
         for place, sample in enumerate(samples):
             if place < at[1]:                                   # it had passed before the break
                 continue
@@ -97,7 +98,8 @@ def _read_source(plan: _Plan, stream: int, i: int, at: list[int], counts: Counte
                 break
         counts.update(faults if part == 0 else {})              # once for all parts
         at[:] = visit + 1, 0
-    raise NoSamples(f"No usable sample in {source.shards}, after a look at {len({shard for shard, _ in barren}):,} of its {len(shards):,} "
+    raise NoSamples(f"No usable sample in {source.shards}, after a look at {len({shard for shard, _ in barren}):,} "
+                    f"of its {len(shards):,} "
                     f"shards: {describe_counts(counts)}.")
 
 # %% ../../nbs/data/03_loader.ipynb #6f19665d
@@ -182,7 +184,7 @@ class _Parts(IterableDataset):
         except NoSamples as error:
             yield error
 
-# %% ../../nbs/data/03_loader.ipynb #ce522d51
+# %% ../../nbs/data/03_loader.ipynb #ce9ef739
 class LoaderIterator:
     "Endless iterator over one process's rows of the batches, with the position to resume from."
 
@@ -202,7 +204,8 @@ class LoaderIterator:
         arrays, texts, positions = zip(*parts)
         for position in positions:
             self.position = self.position | position           # a new one: who kept the last keeps it
-        rows, texts = np.stack(arrays, 1), [text for row in zip(*texts) for text in row]  # (a worker's rows, workers, ...)
+        # (a worker's rows, workers, ...)
+        rows, texts = np.stack(arrays, 1), [text for row in zip(*texts) for text in row]
         return rows.reshape(len(texts), *rows.shape[2:]), texts
 
     @property

@@ -6,7 +6,7 @@
 __all__ = ['paper_sources', 'Source', 'find_sources', 'describe_sources', 'common_words', 'vocabulary_losses', 'ImageReader',
            'CaptionReader', 'TokenReader', 'use_sample']
 
-# %% ../../nbs/data/02_mixture.ipynb #5ace7692
+# %% ../../nbs/data/02_mixture.ipynb #5b55ba6b
 import math
 import os
 import re
@@ -20,7 +20,8 @@ import numpy as np
 
 from ..config import build, parse_json
 from ..files import file_digest, is_inside
-from .images import (IMAGE_FILES, MAX_PIXELS, Skip, captions_of, decode_image, metadata_of, find_shards, image_bytes,
+from .images import (IMAGE_FILES, MAX_PIXELS, Skip, captions_of, decode_image, metadata_of, find_shards,
+                                 image_bytes,
                           is_remote, open_image, read_moments, read_shard)
 from ..models.text import split_words
 
@@ -77,7 +78,7 @@ def find_sources(
     held = parse_json(Path(name).read_bytes(), f'The list of sources {name}')
     return _list_sources(held.get('sources') if isinstance(held, dict) else held, name, confined=name == cache)
 
-# %% ../../nbs/data/02_mixture.ipynb #687dec7e
+# %% ../../nbs/data/02_mixture.ipynb #2753e9b6
 def _list_sources(entries, name: str, confined: bool = False) -> list[Source]:
     "Parse a list of sources."
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
@@ -92,9 +93,11 @@ def _list_sources(entries, name: str, confined: bool = False) -> list[Source]:
         if not source.shards:
             raise ValueError(f"{where} has no shards: say where they are.")
         if source.shards.lower().startswith('pipe:'):
-            raise ValueError(f"{where} names a command, {source.shards!r}: a command is only run where it is given as the data itself.")
+            raise ValueError(f"{where} names a command, {source.shards!r}: a command is only run where it is given "
+                             f"as the data itself.")
         if confined and (is_remote(source.shards) or not is_inside(source.shards)):
-            raise ValueError(f"{where} names a place outside of its folder, {source.shards!r}: give the list itself as the data to read it from there.")
+            raise ValueError(f"{where} names a place outside of its folder, {source.shards!r}: give the list itself "
+                             f"as the data to read it from there.")
         if not is_remote(source.shards):
             source = replace(source, shards=os.path.join(os.path.dirname(name), source.shards))
         find_shards(source.shards)
@@ -202,7 +205,7 @@ def common_words(
     counts = Counter(word for words in _caption_words(sources, look) for word in words)
     return tuple(word for word, _ in counts.most_common(most))
 
-# %% ../../nbs/data/02_mixture.ipynb #68541128
+# %% ../../nbs/data/02_mixture.ipynb #d16afeca
 def vocabulary_losses(
     sources: list[Source],  # from `find_sources`
     words: tuple[str, ...],  # the vocabulary, from `common_words`
@@ -215,10 +218,11 @@ def vocabulary_losses(
         captions += 1
         cut += sum(word in known for word in text) >= length
         lost.update(word for word in text if word not in known)
-    return (f"{captions:,} captions: {len(lost):,} different words ({lost.total():,} in all) are not among the {len(words):,} of the vocabulary and are left out, "
+    return (f"{captions:,} captions: {len(lost):,} different words ({lost.total():,} in all) are not among the "
+            f"{len(words):,} of the vocabulary and are left out, "
             f"{cut:,} captions have more than {length - 1} words and are cut.")
 
-# %% ../../nbs/data/02_mixture.ipynb #e972b893
+# %% ../../nbs/data/02_mixture.ipynb #99fadba9
 @dataclass(frozen=True)
 class ImageReader:
     "Reads an image and one of its captions."
@@ -228,7 +232,8 @@ class ImageReader:
     words: frozenset = frozenset()  # known words of captions; empty for any
 
     def __call__(self, sample: dict, source: Source, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-        caption, repairs = _choose_caption(sample, source, rng, words=self.words), sample.setdefault('__repairs__', set())
+        caption, repairs = _choose_caption(sample, source, rng, words=self.words), sample.setdefault('__repairs__',
+            set())
         return decode_image(image_bytes(sample), self.size, rng if self.augment else None, max_pixels=self.max_pixels,
                             repairs=repairs), caption
 
@@ -251,7 +256,8 @@ class TokenReader:
     words: frozenset = frozenset()  # known words of captions; empty for any
     pair: bool = False  # any caption and the first one, as a tuple
 
-    def __call__(self, sample: dict, source: Source, rng: np.random.Generator) -> tuple[np.ndarray, str | tuple[str, str]]:
+    def __call__(self, sample: dict, source: Source, rng: np.random.Generator) -> tuple[np.ndarray,
+        str | tuple[str, str]]:
         moments = read_moments(sample, self.token_dim)
         if self.num_tokens and len(moments) != self.num_tokens:
             raise Skip('broken tokens')

@@ -79,11 +79,12 @@ def _encode_shards(parts: Iterator, encode: Callable, folder: Path) -> Iterator[
             write_atomically(folder / 'counts' / f'{name}.json', json.dumps(counts, indent=1))
             del begun[name]
 
-# %% ../../nbs/data/04_token_cache.ipynb #6ef19411
+# %% ../../nbs/data/04_token_cache.ipynb #f55cc6e4
 def _describe_cache(sources: list[Source], size: int, tokenizer: str) -> dict:
     "Description of a token cache."
     described = describe_sources(sources, free=('weight', 'recaption_probability'))
-    entries = [{'shards': f'{i:02d}-*.tar'} | {key: getattr(source, key) for key in ('weight', 'recaption_key', 'recaption_probability')}
+    entries = [{'shards': f'{i:02d}-*.tar'}
+               | {key: getattr(source, key) for key in ('weight', 'recaption_key', 'recaption_probability')}
                for i, source in enumerate(sources)]
     data = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
     return {'tokenizer': tokenizer, 'size': size, 'data': data, 'sources': entries}
@@ -100,7 +101,8 @@ def _claim_cache(folder: Path, about: dict) -> bool:  # whether it is finished; 
                          "folder, or delete it to encode again.")
     finished = (folder / 'cache.json').exists()
     if not notes or held['sources'] != about['sources']:
-        write_atomically(notes[0] if notes else folder / 'encoding.json', json.dumps(held | {'sources': about['sources']}, indent=1))
+        write_atomically(notes[0] if notes else folder / 'encoding.json',
+                         json.dumps(held | {'sources': about['sources']}, indent=1))
     return finished
 
 # %% ../../nbs/data/04_token_cache.ipynb #86516900
@@ -133,7 +135,7 @@ def write_token_cache(
         raise OSError(f"The token cache {folder} cannot be written: {error.strerror or error}.") from None
     return folder
 
-# %% ../../nbs/data/04_token_cache.ipynb #fc4aa8cc
+# %% ../../nbs/data/04_token_cache.ipynb #9a279ff6
 def holds_tokens(
     sources: list[Source],  # from `find_sources`
 ) -> bool:
@@ -155,10 +157,11 @@ def _finish_cache(folder: Path, names: list[str], about: dict):
         counts[0].update(more)
         if not more['kept']:
             raise NoSamples(f"No usable sample in source {i + 1} of {folder}: {describe_counts(more)}.")
-    write_atomically(folder / 'cache.json', json.dumps(about | {'samples': counts[0]['kept'], 'counts': counts[0]}, indent=1))
+    write_atomically(folder / 'cache.json',
+                     json.dumps(about | {'samples': counts[0]['kept'], 'counts': counts[0]}, indent=1))
     (folder / 'encoding.json').unlink(missing_ok=True)
 
-# %% ../../nbs/data/04_token_cache.ipynb #5a59e254
+# %% ../../nbs/data/04_token_cache.ipynb #8dc35f80
 def check_cache(
     data: str | Path,  # tokens, as `find_sources` takes them
     tokenizer: str,  # name of the tokenizer that is to read them
@@ -167,4 +170,5 @@ def check_cache(
     file = Path(data) / 'cache.json'
     made_by = json.loads(file.read_text())['tokenizer'] if file.exists() else ''
     if made_by not in ('', tokenizer):
-        raise ValueError(f"The tokens in {data} were made with another tokenizer: choose another folder, or encode again.")
+        raise ValueError(f"The tokens in {data} were made with another tokenizer: choose another folder, or encode "
+                         f"again.")

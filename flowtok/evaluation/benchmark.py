@@ -53,7 +53,7 @@ def read_images(
     if held:
         yield to_images(np.stack(held))
 
-# %% ../../nbs/evaluation/03_benchmark.ipynb #b2b4fe09
+# %% ../../nbs/evaluation/03_benchmark.ipynb #c39ea716
 @dataclass
 class Generated:
     "Features and samples of generated images."
@@ -85,10 +85,11 @@ def generate_images(
             rows[resize].append(extractor(images))
         clip += [scorer(images, part)] if scorer else []
         first += [images] if start < 16 else []
-    return Generated({resize: np.concatenate(parts) for resize, parts in rows.items()}, np.concatenate(clip) if clip else None,
+    return Generated({resize: np.concatenate(parts) for resize, parts in rows.items()},
+                     np.concatenate(clip) if clip else None,
                      torch.cat(first)[:16], seconds)
 
-# %% ../../nbs/evaluation/03_benchmark.ipynb #5ea2a035
+# %% ../../nbs/evaluation/03_benchmark.ipynb #b82ca8a7
 def _image_preparation(files: list[Path], size: int = 0) -> str:
     "Format of the image files, crop and size; ValueError where formats are mixed, since compression changes FID."
     from PIL import Image
@@ -97,7 +98,8 @@ def _image_preparation(files: list[Path], size: int = 0) -> str:
         with Image.open(file) as image:
             formats.setdefault(image.format, file)
     if len(formats) > 1:
-        raise ValueError(f"The reference images are of several formats, {', '.join(f'{kind} ({file})' for kind, file in formats.items())}: use one.")
+        raise ValueError(f"The reference images are of several formats, "
+                         f"{', '.join(f'{kind} ({file})' for kind, file in formats.items())}: use one.")
     return f"{next(iter(formats), 'no images')}, {f'centre crop, {size} pixels' if size else 'whole'}"
 
 
@@ -111,19 +113,22 @@ def fid_scores(
     size: int = 0,  # as for `read_images`
     bootstraps: int = 20,  # draws for the interval; 0 for none
     progress: Callable = iter,
-) -> dict[str, dict]:  # way to resize -> fid, low, high, interval (what was drawn for it), n (generated), reference (images), preparation (of the reference; generated pixels are never encoded)
+) -> dict[str, dict]:  # way to resize -> fid, low, high, interval, n (generated), reference (images), preparation
     "FID with either resizing."
     results, preparation = {}, _image_preparation(files, size)
     for resize, extractor in extractors.items():
-        reference = reference_statistics(cache, name, extractor, lambda: read_images(progress(files), size), preparation)
+        reference = reference_statistics(cache, name, extractor, lambda: read_images(progress(files), size),
+                                         preparation)
         rows = made.rows[resize]
-        results[resize] = fid_interval(rows, reference, bootstraps) | {'n': len(rows), 'reference': reference.n, 'preparation': preparation}
+        results[resize] = fid_interval(rows, reference, bootstraps) | {'n': len(rows), 'reference': reference.n,
+                                                                       'preparation': preparation}
     return results
 
 
 def group_of(made: Generated, inside: list[int]) -> Generated:
     "Generated images of a group."
-    return Generated({resize: rows[inside] for resize, rows in made.rows.items()}, None if made.clip is None else made.clip[inside],
+    return Generated({resize: rows[inside] for resize, rows in made.rows.items()},
+                     None if made.clip is None else made.clip[inside],
                      made.first[:0], 0.)
 
 
@@ -139,5 +144,6 @@ def summary(
 ) -> dict:  # what a record of COCO or MJHQ-30K holds, beside its categories
     "Metrics of a benchmark."
     n = len(next(iter(made.rows.values())))
-    return {'method': method_name(pipe.config), 'params': sum(p.numel() for p in pipe.text_to_image.parameters()), 'n': n, 'fid': fid,
+    return {'method': method_name(pipe.config), 'params': sum(p.numel() for p in pipe.text_to_image.parameters()),
+            'n': n, 'fid': fid,
             'clip_score': clip_summary(made.clip), 'seconds an image': made.seconds / n}

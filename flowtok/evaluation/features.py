@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from ..files import atomic_path
 from .metrics import frechet_distance, gaussian_statistics, random_conv_features
 
-# %% ../../nbs/evaluation/02_features.ipynb #dd69b647
+# %% ../../nbs/evaluation/02_features.ipynb #b02cf5ea
 def _resize_clean(images: Tensor, side: int = 299) -> Tensor:  # (b, 3, side, side), 0 to 255, float32
     "Resize with smoothing, as clean-fid does."
     from PIL import Image
     planes = (255 * images).round().clamp(0, 255).cpu().float().numpy()          # (b, 3, h, w)
     if planes.shape[2:] == (side, side):
         return torch.from_numpy(planes)
-    small = [[np.asarray(Image.fromarray(plane).resize((side, side), Image.Resampling.BICUBIC)) for plane in image] for image in planes]
+    small = [[np.asarray(Image.fromarray(plane).resize((side, side), Image.Resampling.BICUBIC)) for plane in image]
+             for image in planes]
     return torch.from_numpy(np.stack([np.stack(image) for image in small]).clip(0, 255))
 
 
@@ -40,7 +41,7 @@ def _resize_tf(images: Tensor, side: int = 299) -> Tensor:  # (b, 3, side, side)
 
 RESIZES = {'clean': _resize_clean, 'tf': _resize_tf}
 
-# %% ../../nbs/evaluation/02_features.ipynb #e52c060c
+# %% ../../nbs/evaluation/02_features.ipynb #c20728a1
 _INCEPTION_FILE = 'weights-inception-2015-12-05-6726825d.pth'
 _INCEPTION_SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
 INCEPTION_CURE = f'put {_INCEPTION_FILE} of torch-fidelity into its checkpoint folder, or name it with -p inception'
@@ -55,7 +56,8 @@ def _find_inception(path: str = '') -> Path | None:  # None where no file was na
         return None
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if digest != _INCEPTION_SHA256:
-        raise ValueError(f"{file.name} is not the Inception that FID is defined with: its SHA-256 begins with {digest[:8]}, not "
+        raise ValueError(f"{file.name} is not the Inception that FID is defined with: its SHA-256 begins with "
+                         f"{digest[:8]}, not "
                          f"with {_INCEPTION_SHA256[:8]}.")
     return file
 
@@ -77,7 +79,7 @@ def _inception_features(network: nn.Module, pixels: Tensor) -> np.ndarray:  # (b
         x = layer(x)
     return x.flatten(1).cpu().numpy()
 
-# %% ../../nbs/evaluation/02_features.ipynb #0a682aae
+# %% ../../nbs/evaluation/02_features.ipynb #85ee2c8a
 @dataclass(frozen=True)
 class Extractor:
     "Images to features."
@@ -101,9 +103,10 @@ def find_extractors(
         def look(pixels): return random_conv_features(pixels / 255)
         return {resize: Extractor('random_conv_features', resize, True, 48, look) for resize in RESIZES}
     network = load_inception(file).to(device)
-    return {resize: Extractor('Inception-v3', resize, False, 299, partial(_inception_features, network)) for resize in RESIZES}
+    return {resize: Extractor('Inception-v3', resize, False, 299, partial(_inception_features, network))
+            for resize in RESIZES}
 
-# %% ../../nbs/evaluation/02_features.ipynb #bdaa8bb5
+# %% ../../nbs/evaluation/02_features.ipynb #f0d50116
 _MOST_ROWS = 5000  # reference images whose features are kept
 _INTERVALS = {True: 'generated and reference images drawn', False: 'generated images alone drawn'}
 
@@ -114,7 +117,8 @@ class Reference:
     mean: np.ndarray  # (d,)
     cov: np.ndarray  # (d, d)
     n: int  # images
-    rows: np.ndarray | None = None  # features of at most _MOST_ROWS of them, (m, d); None where the statistics are all there is
+    # features of at most _MOST_ROWS of them, (m, d); None where the statistics are all there is
+    rows: np.ndarray | None = None
     kept: bool = False  # whether it was read from a file
     preparation: str = ''  # format of the image files, crop and size
 
@@ -133,13 +137,15 @@ def _read_reference(file: Path) -> Reference:
     from zipfile import BadZipFile
     try:
         with np.load(file) as saved:
-            reference = Reference(saved['mean'], saved['cov'], int(saved['n']), saved['rows'] if 'rows' in saved else None, True,
+            reference = Reference(saved['mean'], saved['cov'], int(saved['n']),
+                                  saved['rows'] if 'rows' in saved else None, True,
                                   str(saved['preparation']) if 'preparation' in saved else '')
-        frechet_distance(reference.mean, reference.cov, reference.mean, reference.cov)           # sizes, finite, symmetric
+        # sizes, finite, symmetric
+        frechet_distance(reference.mean, reference.cov, reference.mean, reference.cov)
         if reference.n < 2 or reference.rows is not None and not np.isfinite(reference.rows).all():
             raise ValueError("too few images, or features that are not finite.")
     except (ValueError, KeyError, OSError, EOFError, BadZipFile) as error:
-        raise ValueError(f"{file} holds no statistics of reference images ({error}): delete it to compute them again.") from None
+        raise ValueError(f"{file} holds no statistics of reference images ({error}): delete it to make it anew.") from None
     return reference
 
 
@@ -155,22 +161,26 @@ def reference_statistics(
     if file.exists():
         reference = _read_reference(file)
         if reference.preparation != preparation:
-            raise ValueError(f"{file} holds statistics of images prepared as {reference.preparation or 'unknown'!r}, not {preparation!r}: delete it to compute them again.")
+            raise ValueError(f"{file} holds statistics of images prepared as "
+                             f"{reference.preparation or 'unknown'!r}, not {preparation!r}: delete it to compute "
+                             f"them again.")
         return reference
-    reference = replace(reference_of(np.concatenate([extractor(images) for images in batches()])), preparation=preparation)
+    reference = replace(reference_of(np.concatenate([extractor(images) for images in batches()])),
+                        preparation=preparation)
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as part, part.open('wb') as stream:
-        np.savez(stream, mean=reference.mean, cov=reference.cov, n=reference.n, rows=reference.rows, preparation=preparation)
+        np.savez(stream, mean=reference.mean, cov=reference.cov, n=reference.n, rows=reference.rows,
+                 preparation=preparation)
     return reference
 
-# %% ../../nbs/evaluation/02_features.ipynb #5114dcb3
+# %% ../../nbs/evaluation/02_features.ipynb #6c85001d
 def fid_interval(
     rows: np.ndarray,  # features of the generated images, (n, d)
     reference: Reference,
     draws: int = 20,  # of the bootstrap; 0 for no interval
     seed: int = 0,  # of the draws
 ) -> dict:  # fid, low and high (None without draws), and interval: one of _INTERVALS, '' without draws
-    "FID, and the 95% interval that other draws of the images would give it: of both sides where the reference has features."
+    "FID with the 95% interval that other draws of the images would give it."
     fid, rng = frechet_distance(*gaussian_statistics(rows), reference.mean, reference.cov), np.random.default_rng(seed)
     if draws < 2:
         return {'fid': fid, 'low': None, 'high': None, 'interval': ''}

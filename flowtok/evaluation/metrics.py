@@ -81,15 +81,18 @@ def frechet_distance(
     distance = ((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * roots.sum()
     return max(0.0, float(distance))
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #9fac21e1
+# %% ../../nbs/evaluation/01_metrics.ipynb #4cb1694a
 def kernel_distance(
     a: np.ndarray,  # features, (m, d)
     b: np.ndarray,  # features, (n, d)
 ) -> float:  # unbiased, so below 0 by chance for equal distributions
     "KID: squared maximum mean discrepancy with the cubic polynomial kernel."
     a, b = (np.asarray(x, np.float64) for x in (a, b))
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2 or not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError(f"features {a.shape} and {b.shape} must be finite, (n, d) with one d, of at least 2 images each.")
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a),
+                                                                     len(b)) < 2 or not (np.isfinite(a).all()
+                                                                         and np.isfinite(b).all()):
+        raise ValueError(f"features {a.shape} and {b.shape} must be finite, (n, d) with one d, of at least 2 images "
+                         f"each.")
     kernel = lambda x, y: (x @ y.T / x.shape[1] + 1)**3
     aa, bb = kernel(a, a), kernel(b, b)
     within = sum((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (aa, bb))
@@ -152,12 +155,13 @@ def missing_scores() -> dict[str, str]:  # score -> why this machine cannot comp
         return {'SPICE': 'needs its parser: python -m pycocoevalcap.spice.get_stanford_models (a download)'}
     return {}
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #d66028a5
+# %% ../../nbs/evaluation/01_metrics.ipynb #b09cdb85
 def tokenize_captions(
     captions: list[str],  # one caption each
 ) -> tuple[list[str], str]:  # the captions as words with spaces between, and the tokenizer's name: 'ptb' or 'plain'
     "Lower-case captions without punctuation, by the Penn-Treebank tokenizer where Java is there."
-    lines = [' '.join(re.sub(r'[\x00-\x1f\x7f-\x9f\u2028\u2029]', ' ', caption).split()) for caption in captions]       # a line each
+    # a line each
+    lines = [' '.join(re.sub(r'[\x00-\x1f\x7f-\x9f\u2028\u2029]', ' ', caption).split()) for caption in captions]
     if shutil.which('java') is None:
         return [' '.join(line.lower().translate(str.maketrans('.?!,:;', ' ' * 6)).split()) for line in lines], 'plain'
     from pycocoevalcap.tokenizer import ptbtokenizer
@@ -166,7 +170,8 @@ def tokenize_captions(
                '-preserveLines', '-lowerCase', '-encoding', 'utf-8']
     run = subprocess.run(command, input='\n'.join(lines) + '\n', capture_output=True, encoding='utf-8')
     if run.returncode:
-        raise OSError(f"Java's tokenizer of captions failed with exit code {run.returncode}: {(run.stderr.strip() or 'no message').splitlines()[-1]}")
+        raise OSError(f"Java's tokenizer of captions failed with exit code {run.returncode}: "
+                      f"{(run.stderr.strip() or 'no message').splitlines()[-1]}")
     if run.stdout.count('\n') != len(lines):
         raise ValueError(f"The tokenizer made {run.stdout.count(chr(10))} lines of {len(lines)} captions.")
     drop = set(ptbtokenizer.PUNCTUATIONS)
@@ -179,7 +184,7 @@ def _draws_interval(score: Callable, n: int, draws: int = 200) -> tuple[float, f
     low, high = np.percentile([score(rng.integers(n, size=n)) for _ in range(draws)], (2.5, 97.5))
     return float(low), float(high)
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #514612d2
+# %% ../../nbs/evaluation/01_metrics.ipynb #7a5018d0
 def _bleu_score(
     references: dict[int, list[str]], candidates: dict[int, list[str]], order: int = 4,
 ) -> tuple[float, tuple[float, float]]:  # percent, and its 95% interval
@@ -196,7 +201,8 @@ def _bleu_score(
     return float(bleu(range(len(candidates)))), _draws_interval(bleu, len(candidates))
 
 
-_SCORERS = {'METEOR': 'meteor.meteor:Meteor', 'ROUGE-L': 'rouge.rouge:Rouge', 'CIDEr': 'cider.cider:Cider', 'SPICE': 'spice.spice:Spice'}
+_SCORERS = {'METEOR': 'meteor.meteor:Meteor', 'ROUGE-L': 'rouge.rouge:Rouge', 'CIDEr': 'cider.cider:Cider',
+            'SPICE': 'spice.spice:Spice'}
 
 
 def _score_captions(
@@ -212,15 +218,16 @@ def _score_captions(
     each = 100 * np.array([one['All']['f'] if name == 'SPICE' else one for one in each], float)
     return 100 * float(score), _draws_interval(lambda rows: each[rows].mean(), len(each))
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #268f3ed9
+# %% ../../nbs/evaluation/01_metrics.ipynb #c70bfdb0
 def caption_scores(
     candidates: list[str],  # one generated caption an image
     references: list[list[str]],  # the references of each image, usually five
     names: tuple[str, ...] = SCORES,  # or of _BLEU_ORDERS; METEOR takes some ten seconds to start
-) -> dict:  # score -> percent or None; 'intervals': score -> its 95% or None; 'tokenizer': 'ptb', 'plain' or None; 'not_available': score -> reason
+) -> dict:  # score -> percent or None; 'intervals', 'tokenizer' ('ptb', 'plain' or None), 'not_available': score -> reason
     "Caption scores in percent; None where this machine lacks the program."
     if not set(names) <= {*SCORES, *_BLEU_ORDERS}:
-        raise ValueError(f"names = {names} holds an unknown caption score: the scores are {', '.join(dict.fromkeys((*SCORES, *_BLEU_ORDERS)))}.")
+        raise ValueError(f"names = {names} holds an unknown caption score: the scores are "
+                         f"{', '.join(dict.fromkeys((*SCORES, *_BLEU_ORDERS)))}.")
     if not candidates or len(candidates) != len(references) or not all(references):
         raise ValueError(f"{len(candidates)} captions and {len(references)} lists of references do not match: "
                          "each caption needs at least one reference.")

@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .path import Rng, like_time
 
-# %% ../../nbs/flow/03_flow_map.ipynb #1858ba43
+# %% ../../nbs/flow/03_flow_map.ipynb #23a5b181
 @torch.no_grad()
 def mean_flow_target(u: Callable, v: Callable, x: Tensor, t: Tensor, s: Tensor, step: float = .05) -> Tensor:
-    "v + (s - t) du/dt by a Jacobian-vector product in float32; attention is computed without fused kernels, which have none."
+    "v + (s - t) du/dt by a Jacobian-vector product in float32, without fused attention kernels, which have none."
     first = v(x, t)
     with sdpa_kernel(SDPBackend.MATH), torch.autocast(x.device.type, enabled=False):
         change = torch.func.jvp(lambda x, t: u(x, t, s), (x, t), (first, torch.ones_like(t)))[1]

@@ -26,7 +26,7 @@ def interpolate(
     t = like_time(t, x0)                                                         # (b, 1, 1)
     return (1 - t) * x0 + t * x1                                                 # (b, k, d)
 
-# %% ../../nbs/flow/01_path.ipynb #32171842
+# %% ../../nbs/flow/01_path.ipynb #8d03a128
 class Rng:
     "Random numbers of a batch, from one generator."
 
@@ -34,7 +34,8 @@ class Rng:
         self.generator = generator
 
     def _draw(self, kind, shape: tuple, device) -> Tensor:
-        numbers = kind(shape, generator=self.generator, device=self.generator.device if self.generator else device, dtype=torch.float32)
+        numbers = kind(shape, generator=self.generator, device=self.generator.device if self.generator else device,
+                       dtype=torch.float32)
         return numbers.to(device, non_blocking=numbers.is_cpu)
 
     def rand(self, shape: tuple, device=None) -> Tensor:
@@ -101,7 +102,7 @@ def draw_indicator(
     null = uniform < p
     return null & (null.sum() > 1)
 
-# %% ../../nbs/flow/01_path.ipynb #25d53424
+# %% ../../nbs/flow/01_path.ipynb #fd6b4ab3
 def permute_null_targets(
     x1: Tensor,  # targets, (b, ...)
     indicator: Tensor,  # 1 or True for null, (b,)
@@ -109,7 +110,9 @@ def permute_null_targets(
     "Permute targets cyclically among the null samples."
     n, here = len(x1), torch.arange(len(x1), device=x1.device)
     null = indicator.bool()
-    ahead = torch.where(null, here, n).flip(0).cummin(0).values.flip(0)          # the first null at or after each row, n for none
+    # the first null at or after each row, n for none
+    ahead = torch.where(null, here, n).flip(0).cummin(0).values.flip(0)
     after = torch.cat([ahead[1:], ahead.new_full((1,), n)])
-    source = torch.where(null, torch.where(after < n, after, ahead[0]), here)    # counted on the device: no list of the nulls
+    # counted on the device: no list of the nulls
+    source = torch.where(null, torch.where(after < n, after, ahead[0]), here)
     return x1[source]

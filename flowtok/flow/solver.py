@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ..config import check_integer, check_number
 
-# %% ../../nbs/flow/02_solver.ipynb #def6dca7
+# %% ../../nbs/flow/02_solver.ipynb #bffae7dc
 def guide(
     v_cond: Tensor,  # velocity under indicator 0, (b, ...)
     v_uncond: Tensor,  # velocity under indicator 1, same shape
-    guidance_scale: float | Tensor,  # 1: conditional only, 0: null only, above 1: guided; a tensor has one for each sample, (b,)
+    # 1: conditional only, 0: null only, above 1: guided; a tensor has one for each sample, (b,)
+    guidance_scale: float | Tensor,
 ) -> Tensor:  # guided velocity, (b, ...)
     "Combine conditional and null velocity by the guidance scale."
     if isinstance(guidance_scale, Tensor):
@@ -113,7 +114,7 @@ def solve(
             on_step(i, x.to(kind))
     return x.to(kind)
 
-# %% ../../nbs/flow/02_solver.ipynb #e97b983f
+# %% ../../nbs/flow/02_solver.ipynb #5894163d
 @dataclass(frozen=True)
 class Sampling:
     "Settings of a sampler; the defaults are the paper's."
@@ -129,22 +130,27 @@ class Sampling:
         if self.solver not in solvers:
             raise ValueError(f"Solver {self.solver!r} is unknown: choose one of {', '.join(solvers)}.")
         if self.schedule == 'released' and self.solver != 'euler' and self.times is None:
-            raise ValueError(f"Schedule 'released' is made of Euler steps: use solver 'euler' with it, not {self.solver!r}.")
+            raise ValueError(f"Schedule 'released' is made of Euler steps: use solver 'euler' with it, not "
+                             f"{self.solver!r}.")
         object.__setattr__(self, 'guidance_scale', check_number('guidance_scale', self.guidance_scale, -1000, 1000))
         object.__setattr__(self, 'temperature', check_number('temperature', self.temperature, 0, 2))
         try:
             low, high = self.guidance_interval
         except (TypeError, ValueError):
-            raise ValueError(f"guidance_interval must be two rising times between 0 and 1, got {self.guidance_interval!r}.") from None
-        check_number('the last time of guidance_interval', high, check_number('the first time of guidance_interval', low, 0, 1), 1)
+            raise ValueError(f"guidance_interval must be two rising times between 0 and 1, got "
+                             f"{self.guidance_interval!r}.") from None
+        check_number('the last time of guidance_interval', high,
+                     check_number('the first time of guidance_interval', low, 0, 1), 1)
         self.grid()
 
     def grid(self, reverse: bool = False, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         "Times and steps, on the CPU; in reverse from 1 to 0 along the same steps."
         given = self.times is not None
-        times, steps = given_grid(self.times, dtype) if given else time_grid(self.num_inference_steps, self.schedule, dtype)
+        times, steps = given_grid(self.times, dtype) if given else time_grid(self.num_inference_steps, self.schedule,
+                                                                             dtype)
         if reverse and self.schedule == 'released' and not given:
-            raise ValueError("Schedule 'released' evaluates the velocity at times that are not the state's, and has no reverse: use 'uniform'.")
+            raise ValueError("Schedule 'released' evaluates the velocity at times that are not the state's, and has "
+                             "no reverse: use 'uniform'.")
         return ((times + steps).flip(0), -steps.flip(0)) if reverse else (times, steps)
 
     def scale(self, t: Tensor) -> float | Tensor:  # one for t (), for t (b,) one for each

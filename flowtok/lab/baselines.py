@@ -76,7 +76,7 @@ def _initialize_as_dit(module: nn.Module):
     for layer in (*(block.modulation for block in module.blocks), module.final.modulation, module.final.linear):
         nn.init.zeros_(layer.weight)
 
-# %% ../../nbs/lab/05_baselines.ipynb #d7eeb27f
+# %% ../../nbs/lab/05_baselines.ipynb #0b46964e
 class Conditioned(nn.Module):
     "Text-conditional flow from noise: cross-attention or concatenation."
 
@@ -99,7 +99,7 @@ class Conditioned(nn.Module):
         for branch in (block.cross.proj for block in self.blocks if kind == 'cross'):
             nn.init.zeros_(branch.weight)
 
-    def read(self, features: Tensor, indicator: Tensor) -> Tensor | list[Tensor]:  # (b, n, c), (b,) -> tokens (b, n, w), or each block's `keys_values`
+    def read(self, features: Tensor, indicator: Tensor) -> Tensor | list[Tensor]:
         "Text features of the blocks; null where the indicator is 1."
         x = torch.where(indicator.bool()[:, None, None], self.null.to(features.dtype), features)
         for layer in self.layers:
@@ -166,7 +166,7 @@ crossflow = FlowTokConfig(  # for speed: 32 x 32 x 4 latents in patches of 2 x 2
     'crossflow', TokenizerConfig(num_tokens=256, token_dim=16, latent_scale=1.),
     flow=FlowConfig(depth=38, width=1152, heads=16))
 
-# %% ../../nbs/lab/05_baselines.ipynb #35733648
+# %% ../../nbs/lab/05_baselines.ipynb #f1352201
 KINDS = 'source', 'source KL', 'cross', 'concat', 'source 2d'
 
 
@@ -179,9 +179,11 @@ def build_network(config: FlowTokConfig, kind: str) -> nn.Module:
     "Build the network of a baseline."
     if kind not in KINDS:
         raise ValueError(f"Baseline {kind!r} is unknown: choose one of {', '.join(KINDS)}.")
-    if kind == 'source KL':                                                      # the paper's source, whatever the config's
+    # the paper's source, whatever the config's
+    if kind == 'source KL':
         return FlowTok(replace(config, source=SourceConfig()))
-    return FlowTok(config) if kind == 'source' else Source2d(config) if kind == 'source 2d' else Conditioned(config, kind)
+    return FlowTok(config) if kind == 'source' else Source2d(config) if kind == 'source 2d' else Conditioned(config,
+        kind)
 
 
 def match(
@@ -198,11 +200,12 @@ def match(
         if best is None or off < best[0]:
             best = off, tried
     if best[0] > 0.05:
-        raise ValueError(f"No width of a multiple of {step} gives {kind!r} {num_parameters:,} parameters within 5%: the best is "
+        raise ValueError(f"No width of a multiple of {step} gives {kind!r} {num_parameters:,} parameters within 5%: "
+                         f"the best is "
                          f"{best[0]:.0%} off.")
     return best[1]
 
-# %% ../../nbs/lab/05_baselines.ipynb #eb68ea0c
+# %% ../../nbs/lab/05_baselines.ipynb #7064fcff
 @dataclass
 class Baseline:
     "A baseline: network, objective, sampling."
@@ -243,12 +246,16 @@ class Baseline:
     ) -> Tensor:  # latents of images, (b, k, d)
         "Images' latents for captions."
         tokens = self.network.config.tokenizer
-        noise = torch.randn((len(features), tokens.num_tokens, tokens.token_dim), generator=generator).to(features.device)
-        sampling = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, guidance_interval=guidance_interval)
+        noise = torch.randn((len(features), tokens.num_tokens, tokens.token_dim),
+                            generator=generator).to(features.device)
+        sampling = dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+                        guidance_interval=guidance_interval)
         if self.kind.startswith('source'):
-            return sample(self.network.velocity, self.network.source(features).sample(noise, self.temperature), **sampling)
+            return sample(self.network.velocity, self.network.source(features).sample(noise, self.temperature),
+                          **sampling)
 
-        read = {}                                                                # once with the null text beside, once without
+        # once with the null text beside, once without
+        read = {}
 
         def velocity(x, t, indicator):
             if len(x) not in read:
@@ -256,11 +263,12 @@ class Baseline:
             return self.network.move(x, t, read[len(x)])
         return sample(velocity, noise, **sampling)
 
-# %% ../../nbs/lab/05_baselines.ipynb #d8d8c888
+# %% ../../nbs/lab/05_baselines.ipynb #225eabcb
 def _formats_of(recipe: Recipe, device: torch.device):  # a context
     "Autocast context of a recipe."
     kind = amp_precision(recipe.precision, device)
-    return nullcontext() if kind == 'no' else torch.autocast(device.type, {'bf16': torch.bfloat16, 'fp16': torch.float16}[kind])
+    return nullcontext() if kind == 'no' else torch.autocast(device.type,
+                                                             {'bf16': torch.bfloat16, 'fp16': torch.float16}[kind])
 
 
 def step_memory(
@@ -284,14 +292,16 @@ def step_memory(
     saved = {}
 
     def pack(x):
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage()               # held, so that its place is not used again
+        # held, so that its place is not used again
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage()
         return x
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), _formats_of(recipe, device):
         step()
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    return (3 * learned + remembered + sum(storage.nbytes() for place, storage in saved.items() if place not in own)) / 1e6
+    return (3 * learned + remembered
+            + sum(storage.nbytes() for place, storage in saved.items() if place not in own)) / 1e6
 
-# %% ../../nbs/lab/05_baselines.ipynb #1062600d
+# %% ../../nbs/lab/05_baselines.ipynb #aeacd80c
 class _BaselineStage(nn.Module):
     "A baseline as the training loop takes it."
     def __init__(self, baseline: Baseline, recipe: Recipe):
@@ -333,7 +343,8 @@ def train_baseline(
     for p, mean in zip(ema.live, ema.mean):
         p.data.copy_(mean)
     network.eval()
-    AcceleratorState._reset_state(reset_partial_state=False)                     # the next training may have another precision
+    # the next training may have another precision
+    AcceleratorState._reset_state(reset_partial_state=False)
     return seconds
 
 # %% ../../nbs/lab/05_baselines.ipynb #4831d0e3

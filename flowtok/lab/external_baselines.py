@@ -20,7 +20,7 @@ from ..pipeline import FlowTokPipeline
 from ..models.tokenizer import ImageTokenizer
 from .baselines import Source2d, crossflow
 
-# %% ../../nbs/lab/09_external_baselines.ipynb #829db838
+# %% ../../nbs/lab/09_external_baselines.ipynb #81dfa215
 @dataclass(frozen=True)
 class _Peer:
     "A model to be timed."
@@ -33,7 +33,8 @@ class _Peer:
 
 
 _unet = {'sample_size': 32, 'block_out_channels': (320, 640, 1280, 1280), 'attention_head_dim': 8}
-_sdxl = {'sample_size': 32, 'block_out_channels': (320, 640, 1280), 'attention_head_dim': (5, 10, 20), 'cross_attention_dim': 2048,
+_sdxl = {'sample_size': 32, 'block_out_channels': (320, 640, 1280), 'attention_head_dim': (5, 10, 20),
+         'cross_attention_dim': 2048,
         'transformer_layers_per_block': (1, 2, 10), 'use_linear_projection': True, 'addition_embed_type': 'text_time',
         'addition_time_embed_dim': 256, 'projection_class_embeddings_input_dim': 2816,
         'down_block_types': ('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
@@ -52,22 +53,26 @@ peers = {peer.method: peer for peer in (
     _Peer('FlowTok-XL', 20, 2.0, "the authors' script", preset('xl'), ''),
     _Peer('FlowTok-H', 20, 2.0, "the authors' script", preset('h'), ''))}
 
-# %% ../../nbs/lab/09_external_baselines.ipynb #684a837f
+# %% ../../nbs/lab/09_external_baselines.ipynb #df7ca419
 def _shrink(size: dict | FlowTokConfig) -> dict | FlowTokConfig:
     "Reduce the channels of an architecture."
     if isinstance(size, FlowTokConfig):
-        tokens = replace(size.tokenizer, encoder_width=64, encoder_depth=1, encoder_heads=4, decoder_width=64, decoder_depth=1,
+        tokens = replace(size.tokenizer, encoder_width=64, encoder_depth=1, encoder_heads=4, decoder_width=64,
+                         decoder_depth=1,
                          decoder_heads=4)
-        text = replace(size.text, width=64, projector_depth=1, projector_hidden=64, decoder_depth=1, decoder_width=64, decoder_heads=4)
+        text = replace(size.text, width=64, projector_depth=1, projector_hidden=64, decoder_depth=1, decoder_width=64,
+                       decoder_heads=4)
         return replace(size, tokenizer=tokens, flow=FlowConfig(depth=1, width=64, heads=4), text=text)
     if 'num_layers' in size:
-        return size | {'num_layers': 1, 'num_attention_heads': 2, 'attention_head_dim': 16, 'cross_attention_dim': 32, 'caption_channels': 32}
+        return size | {'num_layers': 1, 'num_attention_heads': 2, 'attention_head_dim': 16, 'cross_attention_dim': 32,
+                       'caption_channels': 32}
     few = {'block_out_channels': tuple(32 * 2 ** min(i, 1) for i in range(len(size['block_out_channels']))),
            'attention_head_dim': 4, 'layers_per_block': 1, 'cross_attention_dim': 32}
-    text = {'transformer_layers_per_block': 1, 'addition_time_embed_dim': 8, 'projection_class_embeddings_input_dim': 80}
+    text = {'transformer_layers_per_block': 1, 'addition_time_embed_dim': 8,
+            'projection_class_embeddings_input_dim': 80}
     return size | few | (text if 'addition_embed_type' in size else {})
 
-# %% ../../nbs/lab/09_external_baselines.ipynb #b76da8f9
+# %% ../../nbs/lab/09_external_baselines.ipynb #c1a839b0
 @dataclass
 class _Timed:
     "A model prepared for timing."
@@ -99,7 +104,8 @@ def _vae(device: str, dtype: torch.dtype, small: bool) -> Callable[[int], Tensor
     channels = (32, 32, 32, 32) if small else (128, 256, 512, 512)
     module = AutoencoderKL(block_out_channels=channels, layers_per_block=1 if small else 2, latent_channels=4,
                            down_block_types=('DownEncoderBlock2D',) * 4, up_block_types=('UpDecoderBlock2D',) * 4)
-    nn.Module.to(module, device, dtype).eval()                                   # diffusers' own `to` warns at every call
+    # diffusers' own `to` warns at every call
+    nn.Module.to(module, device, dtype).eval()
     return lambda b: module.decode(torch.randn(b, 4, 32, 32, device=device, dtype=dtype)).sample
 
 
@@ -111,14 +117,16 @@ def _build_flow(config: FlowTokConfig, device: str, dtype: torch.dtype, small: b
 
     def tokens(b): return torch.randn(b, k, d, device=device, dtype=dtype)
     def evaluate(b):
-        return network.velocity(tokens(b), torch.full((b,), .5, device=device), torch.zeros(b, dtype=torch.long, device=device))
+        return network.velocity(tokens(b), torch.full((b,), .5, device=device),
+                                torch.zeros(b, dtype=torch.long, device=device))
     if grid:
         return _Timed(_count(network), evaluate, _vae(device, dtype, small), _learning(network, evaluate))
     tokenizer = ImageTokenizer(config).to(device, dtype).eval()
     text = torch.randn(1, config.text.length, config.text.width, device=device, dtype=dtype)
-    return _Timed(_count(network), evaluate, lambda b: tokenizer.decode(tokens(b), text.repeat(b, 1, 1)), _learning(network, evaluate))
+    return _Timed(_count(network), evaluate, lambda b: tokenizer.decode(tokens(b), text.repeat(b, 1, 1)),
+                  _learning(network, evaluate))
 
-# %% ../../nbs/lab/09_external_baselines.ipynb #93b423f3
+# %% ../../nbs/lab/09_external_baselines.ipynb #ca4e30c3
 def _build_denoiser(size: dict, device: str, dtype: torch.dtype, small: bool) -> _Timed:
     "A model of diffusers."
     from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
@@ -138,7 +146,8 @@ def _build_denoiser(size: dict, device: str, dtype: torch.dtype, small: bool) ->
         if transformer:
             more['added_cond_kwargs'] = {'resolution': None, 'aspect_ratio': None}
         when = torch.full((b,), 500, device=device)
-        return network(normal(b, 4, 32, 32), encoder_hidden_states=normal(b, length, width), timestep=when, **more).sample
+        return network(normal(b, 4, 32, 32), encoder_hidden_states=normal(b, length, width), timestep=when,
+                       **more).sample
     return _Timed(_count(network), evaluate, _vae(device, dtype, small), _learning(network, evaluate))
 
 # %% ../../nbs/lab/09_external_baselines.ipynb #e23578eb
@@ -170,7 +179,7 @@ def ready(
     "Cast to the precision that is timed: fp16 blocks on a GPU."
     return pipe if device == 'cpu' else pipe.optimize('fp16')
 
-# %% ../../nbs/lab/09_external_baselines.ipynb #463985e0
+# %% ../../nbs/lab/09_external_baselines.ipynb #b582ef47
 @torch.no_grad()
 def _shortest(work: Callable[[int], Tensor], b: int, repeats: int) -> float:  # seconds
     "The time of one call."
@@ -194,7 +203,7 @@ def speed_of(
     guidance: float,
     batch_size: int = 64,  # table 2's
     repeats: int = 3,
-) -> dict:  # images/s, the seconds of an evaluation and a decoding for the batch, and training samples/s, None where memory is short
+) -> dict:  # images/s, seconds of an evaluation and a decoding, training samples/s (None: too little memory)
     "Images a second from the time of one evaluation and one decoding, and samples a second of training."
     step = _shortest(timed.evaluate, batch_size * (1 if guidance == 1 else 2), repeats)
     decoding = _shortest(timed.decode, batch_size, repeats)

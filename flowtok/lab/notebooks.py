@@ -140,7 +140,7 @@ def progress(
     line = _DisplayLine() if hasattr(shell, 'kernel') else None
     return tqdm(iterable, total=total, desc=desc, file=line, mininterval=0.5, ncols=90)
 
-# %% ../../nbs/lab/02_notebooks.ipynb #20bdece0
+# %% ../../nbs/lab/02_notebooks.ipynb #bcdde9be
 @dataclass(frozen=True)
 class _PapermillCall:
     "What a papermill call for a notebook of this repository asks for."
@@ -157,13 +157,16 @@ def _parse_papermill(command, args: list[str]) -> _PapermillCall | None:  # None
     notebook, output = ('' if not isinstance(values.get(name), str) else values[name]
                         for name in ('notebook_path', 'output_path'))
     only_asks = any(values.get(flag) is True for flag in ('help', 'help_notebook', 'version'))
-    if only_asks or not notebook.endswith('.ipynb') or not Path(notebook).is_file() or not find_repository(Path(notebook).resolve().parent):
+    if only_asks or not notebook.endswith('.ipynb') or not Path(notebook).is_file():
+        return None
+    if not find_repository(Path(notebook).resolve().parent):
         return None
     pairs = [pair for option in ('parameters', 'parameters_raw') for pair in values.get(option) or ()]
-    others = [text for option in ('parameters_file', 'parameters_yaml', 'parameters_base64') for text in values.get(option) or ()]
+    others = [text for option in ('parameters_file', 'parameters_yaml', 'parameters_base64')
+              for text in values.get(option) or ()]
     return _PapermillCall(notebook, output, dict(pairs), tuple(others))
 
-# %% ../../nbs/lab/02_notebooks.ipynb #db78078a
+# %% ../../nbs/lab/02_notebooks.ipynb #30348fbf
 def _can_resume(notebook: Path) -> bool:
     "Whether a notebook has the parameter `resume`."
     cells = json.loads(notebook.read_text(encoding='utf-8')).get('cells', [])
@@ -172,7 +175,7 @@ def _can_resume(notebook: Path) -> bool:
 
 
 def _papermill_folder(call: _PapermillCall, root: Path) -> Path:  # created where it is absent
-    "Folder of a papermill call: `-p out`, one named after the parameters where the notebook can resume, else a new one."
+    "Folder of a papermill call: `-p out`, one named after the parameters of a resumable notebook, else a new one."
     notebook, given = Path(call.notebook).resolve(), dict(call.parameters)
     out, _ = given.pop('out', ''), given.pop('resume', '')
     if out:
@@ -182,9 +185,10 @@ def _papermill_folder(call: _PapermillCall, root: Path) -> Path:  # created wher
     words = [f'{name}={value}' for name, value in sorted(given.items())]
     content = [*words, *(Path(file).read_text() if Path(file).is_file() else file for file in call.files)]
     readable = re.sub(r'[^A-Za-z0-9.=+-]+', '_', '-'.join([notebook.stem, *words]))[:80]
-    return _check_output_folder(root / 'papers_results' / 'runs' / f"{readable}-{hashlib.sha256(repr(content).encode()).hexdigest()[:6]}")
+    return _check_output_folder(root / 'papers_results' / 'runs'
+                                / f"{readable}-{hashlib.sha256(repr(content).encode()).hexdigest()[:6]}")
 
-# %% ../../nbs/lab/02_notebooks.ipynb #c8ff9959
+# %% ../../nbs/lab/02_notebooks.ipynb #3f06278c
 def _with_run_folder(command, args: list[str]) -> list[str] | None:
     "Add the missing output path to a papermill call, and tell the notebook its folder."
     try:
@@ -194,7 +198,8 @@ def _with_run_folder(command, args: list[str]) -> list[str] | None:
     if call is None or call.output == '-' or '://' in call.output:
         return None
     try:
-        folder = Path(call.output).absolute().parent if call.output else _papermill_folder(call, find_repository(Path(call.notebook).resolve().parent))
+        folder = Path(call.output).absolute().parent if call.output else _papermill_folder(call,
+            find_repository(Path(call.notebook).resolve().parent))
     except OSError as error:
         sys.exit(str(error))
     os.environ[_RUN_FOLDER] = str(folder)

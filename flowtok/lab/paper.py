@@ -87,9 +87,10 @@ TABLE_5 = {name: dict(zip(_COLUMNS_5, row)) for name, row in {
     'dalle3-1m': ('fine-tuning', 'DALLE3-1M', '', '', '', '1.0M'),
     'journeydb': ('fine-tuning', 'JourneyDB', '', '', '', '4.1M')}.items()}
 
-# %% ../../nbs/lab/03_paper.ipynb #d332f9ce
+# %% ../../nbs/lab/03_paper.ipynb #ae046b56
 TABLE_6 = {
-    'optimizer': 'adamw', 'betas': (0.9, 0.95), 'weight_decay': 0.03, 'learning_rate': 4e-4, 'warmup': 5000, 'schedule': 'constant',
+    'optimizer': 'adamw', 'betas': (0.9, 0.95), 'weight_decay': 0.03, 'learning_rate': 4e-4, 'warmup': 5000,
+    'schedule': 'constant',
     'batch_size': 4096, 'steps': 1_000_000, 'ema': 0.9999, 'precision': 'bf16', 'time_sampling': 'logit_normal',
     'indicator_probability': 0.1, 'kl_weight': 1e-4, 'align_weight': 1.0, 'projector_depth': 6, 'projector_heads': 8,
     'projector_hidden': 1024, 'projector_dropout': 0.1, 'latent_scale': 1.0143}

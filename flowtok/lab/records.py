@@ -114,7 +114,7 @@ def hardware() -> dict:  # cpu, cores this process may use, memory_gib (None whe
         gpus = []
     return {'cpu': cpu, 'cores': cores, 'memory_gib': memory, 'gpus': gpus}
 
-# %% ../../nbs/lab/01_records.ipynb #43766348
+# %% ../../nbs/lab/01_records.ipynb #1765b8a6
 _SCHEMA = {  # field -> type, types, or the fields it must hold
     'question': str, 'parameters': dict, 'seed': (int, type(None)), 'started': str, 'wall_time': (int, float),
     'git': {'commit': (str, type(None)), 'dirty': (bool, type(None))}, 'versions': dict,
@@ -124,7 +124,8 @@ _SCHEMA = {  # field -> type, types, or the fields it must hold
 }
 
 
-_NONNEGATIVE = re.compile(r'^(?!.*low).*(fid|distance|seconds|deviation|accuracy|variation)', re.I)  # names of such metrics; the low end of an interval may be below 0
+# names of such metrics; the low end of an interval may be below 0
+_NONNEGATIVE = re.compile(r'^(?!.*low).*(fid|distance|seconds|deviation|accuracy|variation)', re.I)
 
 
 def _find_fault(value: object, schema: object, where: str = 'the record') -> str:  # empty when there is no fault

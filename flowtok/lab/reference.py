@@ -22,7 +22,7 @@ from ..training.optim import ShardedRng
 from ..training.tasks import Stage
 from ..models.tokenizer import ImageTokenizer, join_patches
 
-# %% ../../nbs/lab/07_reference.ipynb #3b386077
+# %% ../../nbs/lab/07_reference.ipynb #71c8df58
 def _plain_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     "x W + b."
     return F.linear(x, layer.weight, layer.bias)
@@ -33,7 +33,8 @@ def _plain_attention(layer: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor] | 
     q, k, v = _plain_linear(layer.qkv, x).unflatten(-1, (3, layer.heads, -1)).permute(2, 0, 3, 1, 4)
     if rope is not None:
         cos, sin = rope                                                          # (n, head_dim) each
-        q, k = (torch.cat([y[:, :, :len(cos)] * cos + _turned(y[:, :, :len(cos)]) * sin, y[:, :, len(cos):]], 2) for y in (q, k))
+        q, k = (torch.cat([y[:, :, :len(cos)] * cos + _turned(y[:, :, :len(cos)]) * sin, y[:, :, len(cos):]], 2)
+                for y in (q, k))
     weights = (q @ k.transpose(-1, -2) / q.shape[-1]**.5).softmax(-1)
     return _plain_linear(layer.proj, (weights @ v).transpose(1, 2).flatten(2))
 

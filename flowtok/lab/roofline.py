@@ -41,7 +41,7 @@ def _linear_cost(n: int, *widths: int) -> _Cost:  # n tokens through layers of t
     weights = sum(a * b for a, b in zip(widths, widths[1:]))
     return _Cost(2 * n * weights, weights)
 
-# %% ../../nbs/lab/06_roofline.ipynb #cff0c03a
+# %% ../../nbs/lab/06_roofline.ipynb #f65bd71f
 def stage_costs(config: FlowTokConfig) -> dict[str, _Cost]:  # network -> one evaluation of it
     "Cost of a forward pass of every network."
     tokens, text, w, depth = config.tokenizer, config.text, config.flow.width, config.flow.depth
@@ -54,8 +54,11 @@ def stage_costs(config: FlowTokConfig) -> dict[str, _Cost]:  # network -> one ev
 
     def mlp(width): return gated(width) if rope else 8 * width**2
     return {
-        'text tower': _transformer_cost(n, c, 1, gated(c)) if text.encoder == 'words' else _transformer_cost(n, c, 12 if text.encoder == 'clip' else 6, 8 * c**2),  # 6: MiniLM's
-        'projector': (_transformer_cost(n, c, text.projector_depth, 2 * c * text.projector_hidden) + _linear_cost(n, c, 2 * d)),
+        # 6: MiniLM's
+        'text tower': _transformer_cost(n, c, 1, gated(c)) if text.encoder == 'words'
+        else _transformer_cost(n, c, 12 if text.encoder == 'clip' else 6, 8 * c**2),
+        'projector': (_transformer_cost(n, c, text.projector_depth, 2 * c * text.projector_hidden)
+                      + _linear_cost(n, c, 2 * d)),
         'modulation': _linear_cost(1, 256, w, w) + _linear_cost(1, w, (6 * depth + 2) * w),
         'velocity': _linear_cost(k, d, w, d) + _transformer_cost(k, w, depth, 8 * w**2),
         'decoder': (_transformer_cost(row + n, dec, tokens.decoder_depth, mlp(dec)) + _linear_cost(k, d, dec)
@@ -128,7 +131,7 @@ def time_interleaved(
             times[name].append(seconds(call, device))
     return times
 
-# %% ../../nbs/lab/06_roofline.ipynb #5f93a9e2
+# %% ../../nbs/lab/06_roofline.ipynb #86a7db59
 def measure_ceilings(
     device: torch.device,
     size: int = 0,  # of the square matrices, 0 for what suits the device
@@ -149,7 +152,8 @@ def measure_ceilings(
             ceilings[name] = 2 * size**3 / min(sum(times.values(), []))
         source = torch.empty(2**28 if cuda else 2**26, device=device)
         target = torch.empty_like(source)
-        ceilings['copy'] = 2 * source.nbytes / min(time_interleaved({'a': lambda: target.copy_(source)}, device, repeats)['a'])
+        ceilings['copy'] = 2 * source.nbytes / min(time_interleaved({'a': lambda: target.copy_(source)}, device,
+                                                                    repeats)['a'])
     return ceilings
 
 

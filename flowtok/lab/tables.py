@@ -18,7 +18,7 @@ from .paper import COLUMNS_2, SCORE_NAMES, SOURCES, TABLE_1, TABLE_2, TABLE_3, T
 from .records import RunRecord, markdown_table, read_record, write_table
 from ..files import write_atomically
 
-# %% ../../nbs/lab/04_tables.ipynb #da8a9fd1
+# %% ../../nbs/lab/04_tables.ipynb #4ac441b7
 QUESTIONS = {  # run notebook -> its title
     'train': 'Can a FlowTok be trained here, from nothing?',
     'benchmark_coco': 'How far are its pictures from those of COCO?',
@@ -33,7 +33,7 @@ QUESTIONS = {  # run notebook -> its title
 
 def find_records(
     folder: str | Path,  # papers_results
-) -> dict[str, RunRecord]:  # path seen from the folder -> record, in the order of the paths; ValueError for a broken one
+) -> dict[str, RunRecord]:  # path seen from the folder -> record; ValueError for a broken one
     "All records of a folder but those of the runs that are not committed."
     paths = sorted(path.relative_to(folder) for path in Path(folder).rglob('result.json'))
     return {path.as_posix(): read_record(Path(folder) / path) for path in paths if path.parts[0] != 'runs'}
@@ -81,18 +81,21 @@ class Measured:
                 'high': self.high, 'n': self.n, 'conditions': _conditions_of(self.run),
                 'commit': (self.run.git['commit'] or '')[:10], 'record': f'[record]({self.where})'}
 
-# %% ../../nbs/lab/04_tables.ipynb #7987c849
+# %% ../../nbs/lab/04_tables.ipynb #f4a634e4
 def _from_images(where: str, run: RunRecord, measure: str) -> Iterable[Measured]:
     "What a record of COCO or MJHQ-30K holds."
     metrics = run.metrics
     for resize, fid in metrics['fid'].items():
-        yield Measured(where, run, metrics['method'], measure, resize, fid['fid'], fid['low'], fid['high'], metrics['n'])
+        yield Measured(where, run, metrics['method'], measure, resize, fid['fid'], fid['low'], fid['high'],
+                       metrics['n'])
     for category, both in metrics.get('categories', {}).items():
         for resize, fid in both.items():
-            yield Measured(where, run, metrics['method'], f'{measure}, {category}', resize, fid['fid'], fid['low'], fid['high'],
+            yield Measured(where, run, metrics['method'], f'{measure}, {category}', resize, fid['fid'], fid['low'],
+                           fid['high'],
                            fid['n'])
     clip = metrics['clip_score']
-    yield Measured(where, run, metrics['method'], f'CLIP score, {measure.split()[0]}', clip['model'], clip['mean'], clip['low'],
+    yield Measured(where, run, metrics['method'], f'CLIP score, {measure.split()[0]}', clip['model'], clip['mean'],
+                   clip['low'],
                    clip['high'], metrics['n'], clip['why'])
 
 
@@ -101,21 +104,26 @@ def _from_captions(where: str, run: RunRecord) -> Iterable[Measured]:
     for one in run.metrics['sets']:
         for name in SCORE_NAMES:
             yield Measured(where, run, run.metrics['method'], name, f"{one['set']}, {one['references']} references",
-                           one['scores'][name], *(one.get('intervals', {}).get(name) or (None, None)), n=one['n'], why=one['not_available'].get(name, ''))
+                           one['scores'][name], *(one.get('intervals', {}).get(name) or (None, None)), n=one['n'],
+                           why=one['not_available'].get(name, ''))
 
 
 def _from_speed(where: str, run: RunRecord) -> Iterable[Measured]:
     "What a record of speeds holds."
     for one in run.metrics['models']:
-        yield Measured(where, run, one['method'], 'images/s', one['how'], one['images/s'], n=one['images'], why=one['why'])
+        yield Measured(where, run, one['method'], 'images/s', one['how'], one['images/s'], n=one['images'],
+                       why=one['why'])
         if 'training samples/s' in one:
-            yield Measured(where, run, one['method'], 'training samples/s', 'network alone, forward and back', one['training samples/s'], n=one['images'],
+            yield Measured(where, run, one['method'], 'training samples/s', 'network alone, forward and back',
+                           one['training samples/s'], n=one['images'],
                            why='too little memory')
 
 
 def _from_training(where: str, run: RunRecord) -> Iterable[Measured]:
     "What a record of a training says of its cost; the paper counts the generator alone, and so does this."
-    seconds, scale, machine = run.metrics['training_seconds'].get('text-to-image'), run.conditions['scale'], run.hardware
+    seconds = run.metrics['training_seconds'].get('text-to-image')
+    scale = run.conditions['scale']
+    machine = run.hardware
     if seconds is not None:
         on = ', '.join(machine['gpus']) or f"{machine['cores']} cores of {machine['cpu']}"
         name = f"FlowTok-{scale.upper() if scale in TABLE_1 else scale}"
@@ -160,7 +168,7 @@ def _beside(
         table.append(full)
     return table
 
-# %% ../../nbs/lab/04_tables.ipynb #857cf062
+# %% ../../nbs/lab/04_tables.ipynb #c08c69f8
 def _count_parameters(config) -> int:
     "Parameters of a flow with its text side, counted without making them."
     import torch
@@ -188,7 +196,8 @@ def _table_5() -> list[dict]:
     rows = []
     for name, paper in TABLE_5.items():
         source = paper_sources[name]
-        rows.append({**{key: value for key, value in paper.items() if key != 'pairs'}, 'pairs': paper['pairs'], 'pairs from': 'MaskGen, table 7', 'preset': name, 'aspect ratio below': source.max_aspect or '',
+        rows.append({**{key: value for key, value in paper.items() if key != 'pairs'}, 'pairs': paper['pairs'],
+                     'pairs from': 'MaskGen, table 7', 'preset': name, 'aspect ratio below': source.max_aspect or '',
                      'longer side at least': source.min_side or '', 'aesthetic score above': source.min_aesthetic or '',
                      'watermark at most': source.max_watermark if source.watermark_key else ''})
     return rows
@@ -203,10 +212,11 @@ def _table_6() -> list[dict]:
             parts = values, config.text, config.tokenizer
             return next(getattr(part, name) for part in parts if hasattr(part, name))
         rows.append({'value': name, "authors' configuration": str(paper), 'our recipe, xl': str(of('xl')),
-                     'the same': 'yes' if of('xl') == paper else 'no', 'our fine-tuning, xl': str(of('xl', 'fine-tuning')), 'our recipe, tiny': str(of('tiny'))})
+                     'the same': 'yes' if of('xl') == paper else 'no',
+                     'our fine-tuning, xl': str(of('xl', 'fine-tuning')), 'our recipe, tiny': str(of('tiny'))})
     return rows
 
-# %% ../../nbs/lab/04_tables.ipynb #c6a53e88
+# %% ../../nbs/lab/04_tables.ipynb #d6fd9336
 def interval_of(
     values: list[float],  # one a seed
 ) -> tuple[float | None, float | None]:  # None with fewer than two
@@ -230,13 +240,14 @@ def summarise(
         row = {'variant': variant, 'seeds': len(members)}
         for measure in measures:
             values = [one[measure] for one in members if one.get(measure) is not None]
-            whole = len(values) == len(members)                                    # no mean over those seeds alone that got somewhere
+            # no mean over those seeds alone that got somewhere
+            whole = len(values) == len(members)
             row[measure] = fmean(values) if whole else None
             row[f'{measure}, deviation'] = stdev(values) if whole and len(values) > 1 else None
         rows.append(row)
     return rows
 
-# %% ../../nbs/lab/04_tables.ipynb #e1462a3d
+# %% ../../nbs/lab/04_tables.ipynb #38bd4cf7
 def compare(
     runs: Iterable[RunRecord],  # as for `summarise`, with their seeds
     better: str,  # variant that should be better
@@ -246,13 +257,16 @@ def compare(
 ) -> dict | None:  # None where one of the two did not run; difference with its interval, seeds and verdict
     "Whether one variant beats another, seed by seed."
     values = {(run.metrics['variant'], run.seed): run.metrics.get(measure) for run in runs}
-    pairs = [(values[better, seed], values[worse, seed]) for variant, seed in values if variant == better and (worse, seed) in values]
+    pairs = [(values[better, seed], values[worse, seed]) for variant,
+             seed in values if variant == better and (worse, seed) in values]
     gains = [(b - a if smaller else a - b) for a, b in pairs if a is not None and b is not None]
     if not gains:
         return None
     low, high = interval_of(gains)
-    verdict = 'too few seeds to tell' if low is None else 'seen' if low > 0 else 'not seen: the opposite is' if high < 0 else 'within noise'
-    return {'better': better, 'worse': worse, 'measure': measure, 'gain': fmean(gains), 'low': low, 'high': high, 'seeds': len(gains),
+    verdict = ('too few seeds to tell' if low is None
+               else 'seen' if low > 0 else 'not seen: the opposite is' if high < 0 else 'within noise')
+    return {'better': better, 'worse': worse, 'measure': measure, 'gain': fmean(gains), 'low': low, 'high': high,
+            'seeds': len(gains),
             'verdict': verdict}
 
 
@@ -262,13 +276,17 @@ def sentence_of(
 ) -> str:
     "Format a comparison as a sentence."
     span = '' if comparison['low'] is None else f" (95% interval {comparison['low']:.4g} to {comparison['high']:.4g})"
-    return (f"{comparison['better']} over {comparison['worse']}, {comparison['measure']}: a gain of {comparison['gain']:.4g}{span} over "
+    return (f"{comparison['better']} over {comparison['worse']}, {comparison['measure']}: a gain of "
+            f"{comparison['gain']:.4g}{span} over "
             f"{comparison['seeds']} seeds. {claim[:1].upper()}{claim[1:]}: {comparison['verdict']}.")
 
 
-_SENTENCE = re.compile(r'(?P<better>.+) over (?P<worse>.+?), (?P<measure>.+): a gain of (?P<gain>\S+?)(?: \(95% interval (?P<low>\S+) to (?P<high>\S+)\))? over '
-                      r'(?P<seeds>\d+) seeds\. (?P<claim>.+?): (?P<verdict>too few seeds to tell|seen|not seen: the opposite is|within noise)\.')
-_AGREEMENT = {'seen': 'agrees', 'not seen: the opposite is': 'the opposite', 'within noise': 'within noise', 'too few seeds to tell': 'too few seeds'}
+_SENTENCE = re.compile(r'(?P<better>.+) over (?P<worse>.+?), (?P<measure>.+): a gain of (?P<gain>\S+?)(?: \(95% '
+                       r'interval (?P<low>\S+) to (?P<high>\S+)\))? over '
+                      r'(?P<seeds>\d+) seeds\. (?P<claim>.+?): (?P<verdict>too few seeds to tell|seen|not seen: the '
+                      r'opposite is|within noise)\.')
+_AGREEMENT = {'seen': 'agrees', 'not seen: the opposite is': 'the opposite', 'within noise': 'within noise',
+              'too few seeds to tell': 'too few seeds'}
 
 
 def _verdict_row(sentence: str) -> dict[str, str] | None:
@@ -277,15 +295,20 @@ def _verdict_row(sentence: str) -> dict[str, str] | None:
         return None
     found = match.groupdict()
     span = f"{found['low']} to {found['high']}" if found['low'] else ''
-    expected = {'The paper\'s ordering': 'the paper', 'The ordering of the recipe': 'our recipe'}.get(found['claim'], 'figure 2')
-    return {'better': found['better'], 'than': found['worse'], 'measure': found['measure'].replace('FID, stand-in features', 'Fréchet distance'),
-            'gain': found['gain'], '95% interval': span, 'seeds': found['seeds'], 'expected by': expected, 'measured': _AGREEMENT[found['verdict']]}
+    expected = {'The paper\'s ordering': 'the paper', 'The ordering of the recipe': 'our recipe'}.get(found['claim'],
+        'figure 2')
+    return {'better': found['better'], 'than': found['worse'],
+            'measure': found['measure'].replace('FID, stand-in features', 'Fréchet distance'),
+            'gain': found['gain'], '95% interval': span, 'seeds': found['seeds'], 'expected by': expected,
+            'measured': _AGREEMENT[found['verdict']]}
 
-# %% ../../nbs/lab/04_tables.ipynb #3b2b776f
+# %% ../../nbs/lab/04_tables.ipynb #5430d37c
 MEASURES = {  # notebook -> what is averaged over seeds
-    'ablations': ('accuracy (%)', 'FID, stand-in features', 'tone TV', 'texture TV', 'spread ratio', 'precision', 'recall', 'flow loss',
+    'ablations': ('accuracy (%)', 'FID, stand-in features', 'tone TV', 'texture TV', 'spread ratio', 'precision',
+                  'recall', 'flow loss',
                   'share of noise in the source', 'seconds'),
-    'text_as_source': ('accuracy (%)', 'FID, stand-in features', 'tone TV', 'texture TV', 'spread ratio', 'precision', 'recall',
+    'text_as_source': ('accuracy (%)', 'FID, stand-in features', 'tone TV', 'texture TV', 'spread ratio', 'precision',
+                       'recall',
                        'seconds an image', 'training memory (MB)', 'training seconds', 'seconds to the quality')}
 
 
@@ -310,10 +333,12 @@ def _table_4(records: dict[str, RunRecord]) -> list[dict]:
     first, rows = MEASURES['ablations'][0], []
     for name, row in TABLE_4.items():
         measured = summary.get(_SAME_VARIANT[name], {'seeds': '', first: _NOT_MEASURED})
-        rows.append({'part': row['part'], 'variant': row['what'], 'COCO FID-30K (paper, FlowTok-B)': row['COCO FID-30K'],
+        rows.append({'part': row['part'], 'variant': row['what'],
+                     'COCO FID-30K (paper, FlowTok-B)': row['COCO FID-30K'],
                      **{key: value for key, value in measured.items() if key != 'variant'}})
     own = {name: row for name, row in summary.items() if name not in _SAME_VARIANT.values()}
-    parts = {name: 'this book: a new tokenizer, its own images rebuilt' if name.startswith('text dropped') else 'this book' for name in own}
+    parts = {name: 'this book: a new tokenizer, its own images rebuilt' if name.startswith('text dropped')
+             else 'this book' for name in own}
     return rows + [{'part': parts[name], **row} for name, row in own.items()]
 
 
@@ -321,22 +346,26 @@ def _figure_2(records: dict[str, RunRecord]) -> list[dict]:
     "Text as a source and as a condition, measured."
     return _summary_rows(records, 'text_as_source')[0] or [{'variant': 'all', 'conditions': _NOT_MEASURED}]
 
-# %% ../../nbs/lab/04_tables.ipynb #d8be2b20
+# %% ../../nbs/lab/04_tables.ipynb #668ba724
 _CONTENTS = (  # name, what it is about, notebook, files
     ('table 1', 'sizes of the models', '', ('table_1',)),
     ('table 2', 'images from captions', 'benchmark_coco benchmark_mjhq benchmark_speed train', ('table_2',)),
     ('table 3', 'captions from images', 'benchmark_captions', ('table_3',)),
-    ('table 4', 'the alignment loss and more, taken apart', 'ablations', ('table_4', 'ablations/summary.png', 'ablations/steps.md')),
+    ('table 4', 'the alignment loss and more, taken apart', 'ablations',
+     ('table_4', 'ablations/summary.png', 'ablations/steps.md')),
     ('table 5', 'training data', '', ('table_5',)), ('table 6', 'hyper-parameters', '', ('table_6',)),
     ('figure 1', 'images with their prompts', 'figures', ('figures/figure_1.png',)),
     ('figure 2', 'text as a source or as a condition', 'text_as_source', ('figure_2', 'text_as_source/curves.png')),
     ('figure 3', 'quality against cost and speed', 'figures', ('figures/figure_3.png',)),
     ('figure 4', 'overview of the system', 'figures', ('figures/figure_4.png',)),
-    ('not in the paper', 'one network, both directions', 'one_network', ('one_network/summary.md', 'one_network/one_network.png')),
-    ('not in the paper', '1 to 4 steps', 'one_network', ('one_network/few_steps.md', 'one_network/few_steps.png', 'one_network/speed.md')))
+    ('not in the paper', 'one network, both directions', 'one_network',
+     ('one_network/summary.md', 'one_network/one_network.png')),
+    ('not in the paper', '1 to 4 steps', 'one_network',
+     ('one_network/few_steps.md', 'one_network/few_steps.png', 'one_network/speed.md')))
 
 
-_FIGURES = {'Eight prompts on their way to the image': 'figures/path.webp', 'What each part of the recipe brings': 'ablations/summary.png',
+_FIGURES = {'Eight prompts on their way to the image': 'figures/path.webp',
+            'What each part of the recipe brings': 'ablations/summary.png',
            'Text as the source and as a condition': 'text_as_source/curves.png'}  # that the README shows
 
 
@@ -351,21 +380,26 @@ def _contents_row(
     return {'of the paper': f'{name}, {about}', 'here': ', '.join(links) or _NOT_MEASURED,
             'records': '<br>'.join(f'[{run.label()}]({where})' for where, run in runs.items())
                        or (_NOT_MEASURED if notebooks else 'from the presets'),
-            'notebooks': ', '.join(f'[{notebook}](../nbs/{"" if notebook == "train" else "experiments/"}{notebook}.ipynb)' for notebook in notebooks.split()),
+            'notebooks': ', '.join(f"[{name}](../nbs/{'' if name == 'train' else 'experiments/'}{name}.ipynb)" for name in notebooks.split()),
             "the paper's values from": SOURCES.get(name, SOURCES['table 2'] if name == 'figure 3' else '')}
 
 
 def _one_network_parts(records: dict[str, RunRecord]) -> list[str]:
-    "Section of the README on one network for both directions and on few steps: the means over seeds with their controls."
+    "Section of the README on one network for both directions and on few steps."
     parts = []
     for where, run in _records_of(records, 'one_network').items():
-        rows = [{name: row.get(name, '') for name in ('model', 'steps', 'seeds', 'accuracy (%)', 'tone TV', 'FID, stand-in features', 'recall', 'captions, 1 step (%)')}
+        rows = [{name: row.get(name, '')
+                 for name in ('model', 'steps', 'seeds', 'accuracy (%)', 'tone TV', 'FID, stand-in features',
+                              'recall', 'captions, 1 step (%)')}
                 for row in run.metrics['summary']]
-        parts += ['## One network, both directions, and 1 to 4 steps', f"Means over seeds; arms and targets are those of [one_network](../nbs/experiments/one_network.ipynb) "
-                  f"({run.label()}; [record]({where})).", markdown_table(rows).strip(), '\n'.join(f'- {sentence}' for sentence in run.metrics.get('sentences', ()))]
+        parts += ['## One network, both directions, and 1 to 4 steps',
+                  f"Means over seeds; arms and targets are those of "
+                  f"[one_network](../nbs/experiments/one_network.ipynb) "
+                  f"({run.label()}; [record]({where})).", markdown_table(rows).strip(),
+                  '\n'.join(f'- {sentence}' for sentence in run.metrics.get('sentences', ()))]
     return parts
 
-# %% ../../nbs/lab/04_tables.ipynb #13050c29
+# %% ../../nbs/lab/04_tables.ipynb #660ea807
 def _readme(folder: Path, records: dict[str, RunRecord]) -> str:
     "The text of papers_results/README.md."
     def table(rows):
@@ -380,21 +414,29 @@ def _readme(folder: Path, records: dict[str, RunRecord]) -> str:
     sentences = [sentence for notebook in MEASURES for sentence in _summary_rows(records, notebook)[1]]
     parts = ["# The paper's tables and figures, rebuilt",
              "Written by `flowtok tables` from the records in this folder and from the paper's values in "
-             "`nbs/lab/03_paper.ipynb`; edit neither this file nor a table by hand. A number that was measured here stands beside "
-             "its label: the scale, *reduced* where it is smaller than the paper's, and every stand-in. Such a number says how "
-             "this code behaves, and cannot be compared with the paper's. [All measured numbers of tables 2 and 3](measured.md) "
+             "`nbs/lab/03_paper.ipynb`; edit neither this file nor a table by hand. A number that was measured here "
+             "stands beside "
+             "its label: the scale, *reduced* where it is smaller than the paper's, and every stand-in. Such a "
+             "number says how "
+             "this code behaves, and cannot be compared with the paper's. [All measured numbers of tables 2 and "
+             "3](measured.md) "
              "are listed with every digit, too ([csv](measured.csv)). The run notebooks named below make the records; "
              "`python -m pytest -q tests/test_notebooks.py` runs each of them at a size of seconds.",
              *(f'![{title}]({file})' for title, file in _FIGURES.items() if (folder / file).exists()),
              table([_contents_row(folder, records, *entry) for entry in _CONTENTS])]
-    rows, more = [row for row in map(_verdict_row, sentences) if row], [sentence for sentence in sentences if not _verdict_row(sentence)]
+    rows, more = [row for row in map(_verdict_row, sentences) if row], [sentence for sentence in sentences
+                                                                        if not _verdict_row(sentence)]
     if rows:
-        clear, unclear = ([row for row in rows if (row['measured'] in ('agrees', 'the opposite')) == sure] for sure in (True, False))
+        clear, unclear = ([row for row in rows if (row['measured'] in ('agrees', 'the opposite')) == sure]
+                          for sure in (True, False))
         chance = sum(bool(row['95% interval']) for row in rows)
-        labels = [f'[{notebook}]({where}) ({run.label()})' for notebook in MEASURES for where, run in _records_of(records, notebook).items() if run.metrics.get('sentences')]
-        parts += ['## What the comparisons say', f"Differences over seeds with 95% intervals, of {' and '.join(labels)}; a gain is good for the one named first. "
+        labels = [f'[{notebook}]({where}) ({run.label()})' for notebook in MEASURES for where,
+                  run in _records_of(records, notebook).items() if run.metrics.get('sentences')]
+        parts += ['## What the comparisons say', f"Differences over seeds with 95% intervals, of "
+                                                 f"{' and '.join(labels)}; a gain is good for the one named first. "
                   f'Of {chance} intervals about {chance / 20:.0f} would leave out zero by chance alone.']
-        parts += [table(clear)] * bool(clear) + [folded(f'{len(unclear)} comparisons within noise', table(unclear))] * bool(unclear)
+        parts += [table(clear)] * bool(clear) + [folded(f'{len(unclear)} comparisons within noise',
+                                                        table(unclear))] * bool(unclear)
     if more:
         parts += ['\n'.join(f'- {sentence}' for sentence in more)]
     parts += _one_network_parts(records)
@@ -402,16 +444,21 @@ def _readme(folder: Path, records: dict[str, RunRecord]) -> str:
         parts += ['## Other records', folded(f'{len(others)} records', table(others))]
     return '\n\n'.join(parts) + '\n'
 
-# %% ../../nbs/lab/04_tables.ipynb #978c9e4f
+# %% ../../nbs/lab/04_tables.ipynb #22683a4b
 def _paper_page(rows: list[dict], measured: list[Measured], columns: tuple[str, ...]) -> str:  # Markdown
     "The paper's values, then those measured here, one a row."
-    paper = [{name.removesuffix(' (paper)'): value for name, value in row.items() if not name.endswith(' (measured here)')} for row in rows if row['group'] != 'this book']
+    paper = [{name.removesuffix(' (paper)'): value for name,
+              value in row.items() if not name.endswith(' (measured here)')} for row in rows
+              if row['group'] != 'this book']
     here = [one.row() for one in measured if one.measure in columns]
     found = [row for row in here if row['value'] is not None]
-    parts = ["The paper's values.", markdown_table(paper), 'Measured here.' if found else f'Nothing of it was {_NOT_MEASURED.removeprefix("not ")}.']
+    parts = ["The paper's values.", markdown_table(paper),
+             'Measured here.' if found else f'Nothing of it was {_NOT_MEASURED.removeprefix("not ")}.']
     if found:
-        parts.append(markdown_table([{'method': row['method'], 'measure': row['measure'], 'value': row['value'], '95% interval': _interval_text(row), 'n': row['n'] or '',
-                                      'how': '; '.join(filter(None, (row['how'], row['conditions']))), 'record': row['record']} for row in found]))
+        parts.append(markdown_table([{'method': row['method'], 'measure': row['measure'], 'value': row['value'],
+                                      '95% interval': _interval_text(row), 'n': row['n'] or '',
+                                      'how': '; '.join(filter(None, (row['how'], row['conditions']))),
+                                      'record': row['record']} for row in found]))
     return '\n\n'.join(part.strip() for part in parts) + '\n'
 
 
@@ -424,14 +471,18 @@ def _seeds_page(rows: list[dict], shown: int = 5) -> str:  # Markdown
     "Means with their deviations, the first measures shown and the others folded, conditions below."
     def merged(row, name):
         value, deviation = row.get(name, ''), row.get(f'{name}, deviation')
-        return f'{value:.4g} ± {deviation:.{2 if deviation < 100 else 3}g}' if deviation and isinstance(value, float | int) else value
-    names = [name for name in dict.fromkeys(name for row in rows for name in row) if not name.endswith(', deviation') and name not in ('conditions', 'record')]
+        return f'{value:.4g} ± {deviation:.{2 if deviation < 100 else 3}g}' if deviation and isinstance(value,
+            float | int) else value
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if not name.endswith(', deviation')
+             and name not in ('conditions', 'record')]
     ends = names.index('seeds') + 1 if 'seeds' in names else len(names)
     keys, measures = names[:ends], names[ends:]
-    def table(columns, own): return markdown_table([{name: merged(row, name) for name in own + columns} for row in rows])
+    def table(columns, own): return markdown_table([{name: merged(row, name) for name in own + columns}
+                                                    for row in rows])
     parts = [table(measures[:shown], keys)]
     if measures[shown:]:
-        parts.append(f"<details><summary>{', '.join(measures[shown:])}</summary>\n\n{table(measures[shown:], [name for name in keys if name == 'variant'])}\n</details>")
+        more = table(measures[shown:], [name for name in keys if name == 'variant'])
+        parts.append(f"<details><summary>{', '.join(measures[shown:])}</summary>\n\n{more}\n</details>")
     parts += dict.fromkeys(f"{row['conditions']}; {row.get('record', '')}" for row in rows if row.get('conditions'))
     return '\n\n'.join(part.strip() for part in parts) + '\n'
 
@@ -439,13 +490,15 @@ def _seeds_page(rows: list[dict], shown: int = 5) -> str:  # Markdown
 def _joined_columns(rows: list[dict], columns: dict[str, tuple[str, ...]], named: bool = False) -> list[dict]:
     "Rows with several columns in one, at the place of the first."
     def cell(row, names):
-        texts = [f'{name} {row[name]}'.removesuffix(' yes') if named else str(row[name]) for name in names if row.get(name, '') not in ('', None)]
+        texts = [f'{name} {row[name]}'.removesuffix(' yes') if named else str(row[name]) for name in names
+                 if row.get(name, '') not in ('', None)]
         return (', ' if named else ' / ').join(texts)
     places = {names[0]: new for new, names in columns.items()}
     gone = {name for names in columns.values() for name in names}
-    return [{places.get(name, name): cell(row, columns[places[name]]) if name in places else value for name, value in row.items() if name in places or name not in gone} for row in rows]
+    return [{places.get(name, name): cell(row, columns[places[name]]) if name in places else value for name,
+             value in row.items() if name in places or name not in gone} for row in rows]
 
-# %% ../../nbs/lab/04_tables.ipynb #0a342b23
+# %% ../../nbs/lab/04_tables.ipynb #5b668425
 def build_tables(
     folder: str | Path,  # papers_results, or a copy
 ) -> list[Path]:  # files written
@@ -454,18 +507,26 @@ def build_tables(
     records = find_records(folder)
     measured = all_measured(records)
     compared = COLUMNS_2[4:]
-    tables = {'table_1': _table_1(), 'table_2': _beside(TABLE_2, measured, compared), 'table_3': _beside(TABLE_3, measured, SCORE_NAMES),
-              'table_4': _table_4(records), 'table_5': _table_5(), 'table_6': _table_6(), 'figure_2': _figure_2(records),
+    tables = {'table_1': _table_1(), 'table_2': _beside(TABLE_2, measured, compared),
+              'table_3': _beside(TABLE_3, measured, SCORE_NAMES),
+              'table_4': _table_4(records), 'table_5': _table_5(), 'table_6': _table_6(),
+              'figure_2': _figure_2(records),
               'measured': [one.row() for one in measured] or [{'method': 'all', 'conditions': _NOT_MEASURED}]}
     for name, rows in tables.items():
         write_table(rows, folder / name)
     sizes = {name: (f'{name} (paper)', f'{name} (preset)') for name in ('depth', 'width', 'mlp', 'heads', 'params')}
-    filters = {'filters': ('resolution', 'aesthetic', 'watermark'), 'filters of the preset': ('aspect ratio below', 'longer side at least', 'aesthetic score above', 'watermark at most')}
-    pages = {'table_1': f"Paper / preset.\n\n{markdown_table(_joined_columns(tables['table_1'], sizes))}", 'table_5': markdown_table(_joined_columns(tables['table_5'], filters, named=True)),
-             'table_2': _paper_page(tables['table_2'], measured, compared), 'table_3': _paper_page(tables['table_3'], measured, SCORE_NAMES),
+    filters = {'filters': ('resolution', 'aesthetic', 'watermark'),
+               'filters of the preset': ('aspect ratio below', 'longer side at least', 'aesthetic score above',
+                                         'watermark at most')}
+    pages = {'table_1': f"Paper / preset.\n\n{markdown_table(_joined_columns(tables['table_1'], sizes))}",
+             'table_5': markdown_table(_joined_columns(tables['table_5'], filters, named=True)),
+             'table_2': _paper_page(tables['table_2'], measured, compared),
+             'table_3': _paper_page(tables['table_3'], measured, SCORE_NAMES),
              'table_4': _seeds_page(tables['table_4']), 'figure_2': _seeds_page(tables['figure_2']),
-             'measured': markdown_table([{'method': row['method'], 'measure': row['measure'], 'value': row['value'], '95% interval': _interval_text(row), 'n': row['n'], 'how': row['how'],
-                                          'conditions': row['conditions'], 'record': row['record']} if 'value' in row else row for row in tables['measured']])}
+             'measured': markdown_table([{'method': row['method'], 'measure': row['measure'], 'value': row['value'],
+                                          '95% interval': _interval_text(row), 'n': row['n'], 'how': row['how'],
+                                          'conditions': row['conditions'], 'record': row['record']} if 'value' in row
+                                          else row for row in tables['measured']])}
     for name, page in pages.items():
         write_atomically(folder / f'{name}.md', page)
     write_atomically(folder / 'README.md', _readme(folder, records))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Comparison', 'make_pipeline', 'some_prompts', 'run_benchmark', 'speed_record', 'benchmark']
 
-# %% ../../nbs/lab/08_throughput.ipynb #24f4bce0
+# %% ../../nbs/lab/08_throughput.ipynb #a6b384f8
 import copy
 import gc
 import math
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import FlowTokConfig, preset, recipe, stages
-from .roofline import evaluations, floor, image_operations, measure_ceilings, peak_memory, time_interleaved, seconds, stage_costs, training_operations
+from .roofline import (
+    evaluations, floor, image_operations, measure_ceilings, peak_memory, seconds, stage_costs, time_interleaved, training_operations)
 from ..models.fast import align_swiglu, cache_modulation, fuse_gelu
 from ..models.flowtok import FlowTok
 from ..pipeline import PRECISIONS, FlowTokPipeline
@@ -35,7 +36,7 @@ from ..training.tasks import FlowStage, Run, Stage, stage_classes
 from ..models.tokenizer import ImageTokenizer
 from ..training.optim import Ema, Muon, ShardedRng, cpu_has_bf16, make_optimizers, training_steps
 
-# %% ../../nbs/lab/08_throughput.ipynb #1d33308e
+# %% ../../nbs/lab/08_throughput.ipynb #0f4f194a
 @dataclass(frozen=True)
 class Comparison:
     "Times, differences and memory of several versions; the first is the reference."
@@ -54,14 +55,17 @@ class Comparison:
         for version, seconds_each in self.times.items():
             speed = samples * operations / took[version]
             rows.append({
-                'version': version, 'samples': samples, 'seconds': took[version], 'spread': f'{min(seconds_each):.4g} to {max(seconds_each):.4g}',
+                'version': version, 'samples': samples, 'seconds': took[version],
+                'spread': f'{min(seconds_each):.4g} to {max(seconds_each):.4g}',
                 'samples a second': samples / took[version], 'Gops a second': speed / 1e9,
-                'share of ceiling': speed / ceilings[version.split()[-1]], 'times as fast': next(iter(took.values())) / took[version],
-                'relative difference': f'{self.differences[version]:.1e}' if version in self.differences else 'reference',
+                'share of ceiling': speed / ceilings[version.split()[-1]],
+                'times as fast': next(iter(took.values())) / took[version],
+                'relative difference': f'{self.differences[version]:.1e}' if version in self.differences
+                else 'reference',
                 'MB more': self.memory[version]})
         return rows
 
-# %% ../../nbs/lab/08_throughput.ipynb #a1fa0821
+# %% ../../nbs/lab/08_throughput.ipynb #e57cf9f2
 def make_pipeline(
     config: FlowTokConfig,
     device: torch.device = torch.device('cpu'),
@@ -77,8 +81,10 @@ def make_pipeline(
 
 def some_prompts(config: FlowTokConfig, n: int) -> list[str]:
     "Captions that both text encoders know, all different."
-    colours, things = ('red', 'orange', 'yellow', 'green', 'cyan', 'blue', 'purple', 'pink'), ('circle', 'bar', 'triangle', 'star', 'cross', 'ring')
-    prompts = [f'a {size} {colour} {thing} {row} {column}' for thing in things for colour in colours for size in ('small', 'large')
+    colours, things = ('red', 'orange', 'yellow', 'green', 'cyan', 'blue', 'purple', 'pink'), ('circle', 'bar',
+        'triangle', 'star', 'cross', 'ring')
+    prompts = [f'a {size} {colour} {thing} {row} {column}' for thing in things for colour in colours
+               for size in ('small', 'large')
              for row in ('top', 'bottom') for column in ('left', 'right', 'centre')]
     if n > len(prompts):
         raise ValueError(f"There are {len(prompts)} different captions here, got {n}.")
@@ -87,7 +93,8 @@ def some_prompts(config: FlowTokConfig, n: int) -> list[str]:
 
 def _generate_fixed(pipe: FlowTokPipeline, n: int, steps: int, guidance_scale: float = 2.) -> Tensor:  # (n, 3, h, w)
     "Generate images with fixed noise."
-    return pipe(some_prompts(pipe.config, n), steps, guidance_scale, make_noise(pipe, n)[1], 'pt', batch_size=n, guidance_interval=(0., 1.))
+    return pipe(some_prompts(pipe.config, n), steps, guidance_scale, make_noise(pipe, n)[1], 'pt', batch_size=n,
+                guidance_interval=(0., 1.))
 
 
 def _compare_sampling(
@@ -100,14 +107,15 @@ def _compare_sampling(
     if half and (pipe.device.type == 'cuda' or cpu_has_bf16()):
         pipes['optimised bf16'] = copy.deepcopy(pipe).optimize('bf16')
     versions = {'straightforward fp32': lambda steps: plain_generate(pipe, prompts, steps, guidance_scale, noise)}
-    versions |= {name: lambda steps, which=which: _generate_fixed(which, batch_size, steps, guidance_scale) for name, which in pipes.items()}
+    versions |= {name: lambda steps, which=which: _generate_fixed(which, batch_size, steps, guidance_scale) for name,
+                 which in pipes.items()}
     outputs = {}
     calls = {name: lambda name=name, make=make: outputs.update({name: make(steps)}) for name, make in versions.items()}
     memory = {name: peak_memory(lambda: make(1), pipe.device) for name, make in versions.items()}
     times = time_interleaved(calls, pipe.device, repeats, warm_up=0)
     return Comparison(times, {name: relative(outputs[name], outputs['straightforward fp32']) for name in pipes}, memory)
 
-# %% ../../nbs/lab/08_throughput.ipynb #fd63557e
+# %% ../../nbs/lab/08_throughput.ipynb #cb529239
 def _trick_rows(
     pipe: FlowTokPipeline, batch_size: int, steps: int, repeats: int = 3, precision: str = 'fp32',
 ) -> list[dict]:  # a row of a table for each trick
@@ -121,13 +129,18 @@ def _trick_rows(
     versions = {'plain': plain, 'fused GELU': fused, 'aligned SwiGLU': aligned, 'cached modulation': cached,
                 'optimize()': copy.deepcopy(pipe).optimize(precision)}
     outputs = {}
-    calls = {name: lambda name=name, which=which: outputs.update({name: _generate_fixed(which, batch_size, steps)}) for name, which in versions.items()}
-    times = {name: statistics.median(seconds_each) for name, seconds_each in time_interleaved(calls, pipe.device, repeats).items()}
-    return [{'version': name, 'model': pipe.config.name, 'precision': precision, 'images a call': batch_size, 'steps': steps, 'seconds': took, 'images a second': batch_size / took,
-             'gain (%)': 100 * (times['plain'] / took - 1), 'relative difference': f'{relative(outputs[name], outputs["plain"]):.0e}'}
+    calls = {name: lambda name=name,
+             which=which: outputs.update({name: _generate_fixed(which, batch_size, steps)}) for name,
+             which in versions.items()}
+    times = {name: statistics.median(seconds_each) for name,
+             seconds_each in time_interleaved(calls, pipe.device, repeats).items()}
+    return [{'version': name, 'model': pipe.config.name, 'precision': precision, 'images a call': batch_size,
+             'steps': steps, 'seconds': took, 'images a second': batch_size / took,
+             'gain (%)': 100 * (times['plain'] / took - 1),
+             'relative difference': f'{relative(outputs[name], outputs["plain"]):.0e}'}
             for name, took in times.items()]
 
-# %% ../../nbs/lab/08_throughput.ipynb #1f796be6
+# %% ../../nbs/lab/08_throughput.ipynb #aeffa487
 @torch.no_grad()
 def _stage_rows(
     pipe: FlowTokPipeline, batch_size: int, steps: int, ceilings: dict[str, float], precision: str = 'fp32',
@@ -140,12 +153,14 @@ def _stage_rows(
     flow, t, cond = pipe.text_to_image, torch.tensor(.5), {'indicator': torch.zeros(1, dtype=torch.long)}
     calls = {'text tower': lambda: pipe.text_encoder(ids), 'projector': lambda: flow.source(features),
              'velocity': lambda: flow.guided(x, t, 2., cond), 'decoder': lambda: pipe.tokenizer.decode(x, features)}
-    times, costs, often, rows = time_interleaved(calls, pipe.device, repeats), stage_costs(pipe.config), evaluations(steps), []
+    times, costs, often, rows = time_interleaved(calls, pipe.device,
+                                                 repeats), stage_costs(pipe.config), evaluations(steps), []
     for stage, seconds_each in times.items():
         kind = precision if stage in ('velocity', 'decoder') else 'fp32'
         samples, took = 2 * batch_size if stage == 'velocity' else batch_size, statistics.median(seconds_each)
         rows.append({'stage': stage, 'precision': kind, 'calls': int(often[stage] / (2 if stage == 'velocity' else 1)),
-                     'Gops a call': samples * costs[stage].operations / 1e9, 'MB of weights': costs[stage].weights * (4 if kind == 'fp32' else 2) / 1e6,
+                     'Gops a call': samples * costs[stage].operations / 1e9,
+                     'MB of weights': costs[stage].weights * (4 if kind == 'fp32' else 2) / 1e6,
                      'floor, ms': 1e3 * floor(costs[stage], samples, ceilings, kind), 'measured, ms': 1e3 * took,
                      'spread, ms': f'{1e3 * min(seconds_each):.4g} to {1e3 * max(seconds_each):.4g}',
                      'share of ceiling': samples * costs[stage].operations / ceilings[kind] / took})
@@ -156,12 +171,14 @@ def _whole_image(rows: list[dict], times: list[float]) -> dict:
     "The row of all stages together, against the time from captions to pixels."
     def over(value): return sum(row['calls'] * value(row) for row in rows)
     took = 1e3 * statistics.median(times)
-    return {'stage': 'whole image', 'precision': rows[-1]['precision'], 'calls': 1, 'Gops a call': over(lambda row: row['Gops a call']),
-            'MB of weights': sum(row['MB of weights'] for row in rows), 'floor, ms': over(lambda row: row['floor, ms']), 'measured, ms': took,
+    return {'stage': 'whole image', 'precision': rows[-1]['precision'], 'calls': 1,
+            'Gops a call': over(lambda row: row['Gops a call']),
+            'MB of weights': sum(row['MB of weights'] for row in rows),
+            'floor, ms': over(lambda row: row['floor, ms']), 'measured, ms': took,
             'spread, ms': f'{1e3 * min(times):.4g} to {1e3 * max(times):.4g}',
             'share of ceiling': over(lambda row: row['measured, ms'] * row['share of ceiling']) / took}
 
-# %% ../../nbs/lab/08_throughput.ipynb #da55add5
+# %% ../../nbs/lab/08_throughput.ipynb #571ca5df
 class _BenchFlowStage(FlowStage):
     "A flow without a data set: random weights for what earlier stages leave."
     def earlier(self, module: nn.Module, stage: str) -> nn.Module:
@@ -176,7 +193,8 @@ def _make_stage(
                 **(dict(perceptual_weight=0., gan_weight=0., text_drop=0.) if stage == 'tokenizer' else {}))
     kind, flow = stage_classes[stage], stage in stages[2:]
     if flow:
-        kind, config = _BenchFlowStage, replace(config, tokenizer=replace(config.tokenizer, encoder_depth=1, decoder_depth=1))
+        kind, config = _BenchFlowStage, replace(config,
+                                                tokenizer=replace(config.tokenizer, encoder_depth=1, decoder_depth=1))
     torch.manual_seed(0)
     return kind(Run(stage, config, r, '', '')).to(device).train()
 
@@ -204,7 +222,7 @@ def _our_training(stage: Stage, batch: dict[str, Tensor], precision: str) -> Cal
     steps = training_steps(accelerator, model, stage, optimizers, ema, repeat(batch), ShardedRng.of(accelerator))
     return lambda: next(steps)[1]['loss']
 
-# %% ../../nbs/lab/08_throughput.ipynb #4c79989b
+# %% ../../nbs/lab/08_throughput.ipynb #3b75fe9b
 def _compare_training(
     config: FlowTokConfig, stage: str, batch_size: int, repeats: int = 3, device: torch.device = torch.device('cpu'),
     precisions: tuple[str, ...] = (),
@@ -217,18 +235,22 @@ def _compare_training(
         loss = step().item()                                                     # also warms up
         return loss, peak_memory(step, device), time_interleaved({'': step}, device, repeats, warm_up=0)['']
     from accelerate.state import AcceleratorState
-    versions = {'plain loop fp32': (plain_training,)} | {f'training loop {kind}': (_our_training, kind) for kind in precisions}
+    versions = {'plain loop fp32': (plain_training,)} | {f'training loop {kind}': (_our_training, kind)
+                                                         for kind in precisions}
     results = {}
     for name, how in versions.items():
         results[name] = measure(*how)
-        gc.collect()                                                             # a prepared stage and its forward hold each other
-    AcceleratorState._reset_state(reset_partial_state=True)                      # who trains next has a precision of its own
+        # a prepared stage and its forward hold each other
+        gc.collect()
+    # who trains next has a precision of its own
+    AcceleratorState._reset_state(reset_partial_state=True)
     reference = results['plain loop fp32'][0]
     return Comparison({name: times for name, (*_, times) in results.items()},
-                      {name: abs(loss / reference - 1) for name, (loss, *_) in results.items() if name.startswith('training')},
+                      {name: abs(loss / reference - 1) for name,
+                       (loss, *_) in results.items() if name.startswith('training')},
                       {name: memory for name, (_, memory, _) in results.items()})
 
-# %% ../../nbs/lab/08_throughput.ipynb #e5dd1aac
+# %% ../../nbs/lab/08_throughput.ipynb #09977f03
 def _training_rows(
     config: FlowTokConfig, batch_size: int, ceilings: dict[str, float], repeats: int = 3,
     device: torch.device = torch.device('cpu'),
@@ -239,10 +261,11 @@ def _training_rows(
         samples = max(1, batch_size // 4) if stage == 'tokenizer' else batch_size
         compared = _compare_training(config, stage, samples, repeats, device)
         for row in compared.rows(samples, training_operations(config, stage), ceilings):
-            rows.append({'stage': stage} | row | {'tokens a second': row['samples a second'] * config.tokenizer.num_tokens, 'tokens': tokens})
+            rows.append({'stage': stage} | row
+                        | {'tokens a second': row['samples a second'] * config.tokenizer.num_tokens, 'tokens': tokens})
     return rows
 
-# %% ../../nbs/lab/08_throughput.ipynb #35a37bf0
+# %% ../../nbs/lab/08_throughput.ipynb #5a32a27f
 def _muon_rows(
     config: FlowTokConfig = preset('tiny'), repeats: int = 3, device: torch.device = torch.device('cpu'),
 ) -> list[dict]:  # a row of a table for each optimiser
@@ -256,11 +279,13 @@ def _muon_rows(
     kinds = {'torch.optim.AdamW': torch.optim.AdamW, 'flowtok.training.optim.Muon': Muon} | (
         {'torch.optim.Muon': torch.optim.Muon} if hasattr(torch.optim, 'Muon') else {})
     times = time_interleaved({name: stepper(kind) for name, kind in kinds.items()}, device, repeats)
-    return [{'optimizer': name, 'model': config.name, 'matrices': len(shapes), 'multiplies in bf16': device.type == 'cuda' or cpu_has_bf16(),
-             'seconds a step': statistics.median(seconds_each), 'spread': f'{min(seconds_each):.4g} to {max(seconds_each):.4g}'}
+    return [{'optimizer': name, 'model': config.name, 'matrices': len(shapes),
+             'multiplies in bf16': device.type == 'cuda' or cpu_has_bf16(),
+             'seconds a step': statistics.median(seconds_each),
+             'spread': f'{min(seconds_each):.4g} to {max(seconds_each):.4g}'}
             for name, seconds_each in times.items()]
 
-# %% ../../nbs/lab/08_throughput.ipynb #a806c0bf
+# %% ../../nbs/lab/08_throughput.ipynb #1eb76d48
 def _break_even(compiling: float, eager: float, compiled: float) -> int | str:
     "Break-even number of images of compilation."
     return math.ceil(compiling / (eager - compiled)) if compiled < eager else 'never here'
@@ -269,12 +294,15 @@ def _break_even(compiling: float, eager: float, compiled: float) -> int | str:
 def _compile_row(pipe: FlowTokPipeline, batch_size: int, steps: int, precision: str = 'fp32', repeats: int = 5) -> dict:
     "Cost and gain of torch.compile."
     row = {'model': pipe.config.name, 'precision': precision, 'images a call': batch_size}
-    with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=empty),
+    with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty,
+          patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=empty),
           warnings.catch_warnings()):
-        warnings.simplefilter('ignore')                                          # of what it cannot make faster; that is measured
+        # of what it cannot make faster; that is measured
+        warnings.simplefilter('ignore')
         try:
             compiled, outputs = copy.deepcopy(pipe).optimize(precision, compile=True), {}
-            calls = {name: lambda name=name, which=which: outputs.update({name: _generate_fixed(which, batch_size, steps)})
+            calls = {name: lambda name=name,
+                     which=which: outputs.update({name: _generate_fixed(which, batch_size, steps)})
                      for name, which in (('eager', copy.deepcopy(pipe).optimize(precision)), ('compiled', compiled))}
             first = seconds(calls['compiled'], pipe.device)
             times = time_interleaved(calls, pipe.device, repeats)
@@ -282,11 +310,12 @@ def _compile_row(pipe: FlowTokPipeline, batch_size: int, steps: int, precision: 
             why = str(error).strip().partition('\n')[0][:200]
             return row | {'pays from so many images': f'not measured: {type(error).__name__}: {why}'}
     eager, later = (statistics.median(seconds_each) for seconds_each in times.values())
-    return row | {'seconds of compiling': first - later, 'seconds a call, eager': eager, 'seconds a call, compiled': later,
+    return row | {'seconds of compiling': first - later, 'seconds a call, eager': eager,
+                  'seconds a call, compiled': later,
                   'relative difference': f"{relative(outputs['compiled'], outputs['eager']):.1e}",
                   'pays from so many images': _break_even(first - later, eager / batch_size, later / batch_size)}
 
-# %% ../../nbs/lab/08_throughput.ipynb #07961b7b
+# %% ../../nbs/lab/08_throughput.ipynb #ebbc0731
 def run_benchmark(
     scale: str,  # one of flowtok.config.presets
     batch_size: int,
@@ -295,7 +324,7 @@ def run_benchmark(
     train: int,  # batch of the training steps, 0 for none
     compile: bool = False,  # whether to measure torch.compile
     tell: Callable = print,  # takes each line
-) -> dict[str, list[dict] | dict]:  # 'ceilings', and the tables 'sampling', 'tricks', 'stages', 'muon', 'training', 'compile'
+) -> dict[str, list[dict] | dict]:  # 'ceilings', and tables by name
     "Floor, ceilings and measurements of one size on this machine."
     device, config = torch.device('cuda' if torch.cuda.is_available() else 'cpu'), preset(scale)
     tables = {'ceilings': measure_ceilings(device), 'stages': []}
@@ -304,14 +333,16 @@ def run_benchmark(
     pipe = make_pipeline(config, device)
     sampled = _compare_sampling(pipe, batch_size, steps, repeats=repeats)
     tables['sampling'] = sampled.rows(batch_size, image_operations(config, steps), tables['ceilings'])
-    tables['tricks'] = [row for precision in ('fp32', 'bf16')[:1 + (device.type == 'cuda')] for row in _trick_rows(pipe, batch_size, steps, repeats, precision)]
+    tables['tricks'] = [row for precision in ('fp32', 'bf16')[:1 + (device.type == 'cuda')]
+                        for row in _trick_rows(pipe, batch_size, steps, repeats, precision)]
     for name in list(sampled.times)[2:]:                                         # the optimised ones
         precision = name.split()[-1]
         rows = _stage_rows(pipe.optimize(precision), batch_size, steps, tables['ceilings'], precision, repeats)
         whole = _whole_image(rows, sampled.times[name])
         tables['stages'] += [row for row in rows if row['precision'] == precision] + [whole]
     if compile:
-        which = (pipe, batch_size, steps, precision) if device.type == 'cuda' else (FlowTokPipeline.from_pretrained(), batch_size, steps)
+        which = (pipe, batch_size, steps, precision) if device.type == 'cuda' else (FlowTokPipeline.from_pretrained(),
+            batch_size, steps)
         tables['compile'] = [_compile_row(*which)]
     del pipe
     tables['muon'] = _muon_rows(repeats=repeats, device=device)
@@ -319,7 +350,7 @@ def run_benchmark(
         tables['training'] = _training_rows(config, train, tables['ceilings'], repeats, device)
     return tables
 
-# %% ../../nbs/lab/08_throughput.ipynb #581d3821
+# %% ../../nbs/lab/08_throughput.ipynb #3e6475cd
 def speed_record(
     parameters: dict,  # with scale and batch_size
     started: float,  # time.time() at the start
@@ -329,8 +360,10 @@ def speed_record(
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     return record(
         'How fast is it, and how fast could it be?', parameters, started=started, seed=0, metrics=metrics,
-        data={'name': 'random weights and tokens, fixed captions', 'counts': {'captions': parameters['batch_size']}, 'hash': ''},
-        conditions={'scale': parameters['scale'], 'reduced': parameters['scale'] not in ('b', 'xl', 'h'), 'stand_ins': ['random weights'], 'device': device,
+        data={'name': 'random weights and tokens, fixed captions', 'counts': {'captions': parameters['batch_size']},
+              'hash': ''},
+        conditions={'scale': parameters['scale'], 'reduced': parameters['scale'] not in ('b', 'xl', 'h'),
+                    'stand_ins': ['random weights'], 'device': device,
                     'threads': torch.get_num_threads()},
         paper={'value': {scale: TABLE_2[f'FlowTok-{scale.upper()}']['images/s'] for scale in ('xl', 'h')},
                'unit': 'images/s, one A100, batch 64, fp16', 'source': SOURCES['table 2']})
@@ -346,13 +379,15 @@ def benchmark(
     out: str = '',  # folder for tables and record; empty: they are only printed
 ):
     "Run the benchmark, print its tables and keep them in a folder."
-    parameters, started = dict(scale=scale, batch_size=batch_size, steps=steps, repeats=repeats, train=train, compile=compile), time.time()
+    parameters, started = dict(scale=scale, batch_size=batch_size, steps=steps, repeats=repeats, train=train,
+                               compile=compile), time.time()
     tables = run_benchmark(scale, batch_size, steps, repeats, train, compile)
     for name, rows in tables.items():
         if isinstance(rows, list):
             print(f'\n{name}\n')
             for row in rows:
-                print(', '.join(f"{key} {f'{value:.4g}' if isinstance(value, float) else value}" for key, value in row.items()))
+                print(', '.join(f"{key} {f'{value:.4g}' if isinstance(value, float) else value}" for key,
+                                value in row.items()))
             if out:
                 Path(out).mkdir(parents=True, exist_ok=True)
                 write_table(rows, Path(out) / name)

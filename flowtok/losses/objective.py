@@ -73,7 +73,7 @@ def token_snr(
     mean, noise = posterior.mean.float(), posterior.logvar.float().exp()
     return (mean.var(0, correction=0).mean() / noise.mean()).sqrt()
 
-# %% ../../nbs/losses/01_objective.ipynb #b595fb7e
+# %% ../../nbs/losses/01_objective.ipynb #bfd4a633
 def flow_terms(
     model,  # with velocity(x, t, cond)
     x0: Tensor,  # source tokens, (b, k, d)
@@ -84,7 +84,8 @@ def flow_terms(
 ) -> dict[str, Tensor]:  # flow (b,), and for the log: t (b,), indicator (b,), source_std ()
     "Flow matching loss of a batch, for either direction."
     source_std = x0.detach().std()
-    t = sample_time(len(x0), recipe.time_sampling, p_start=recipe.p_start, power=recipe.time_power, mean=recipe.time_mean,
+    t = sample_time(len(x0), recipe.time_sampling, p_start=recipe.p_start, power=recipe.time_power,
+                    mean=recipe.time_mean,
                     std=recipe.time_std, rng=rng, device=x0.device)
     batch = rng if recipe.gather else Rng()                                      # of all processes, or of this one
     null = draw_indicator(batch.gather(rng.rand((len(x0),), x0.device)), recipe.indicator_probability)
@@ -92,7 +93,7 @@ def flow_terms(
     flow = flow_matching_loss(model.velocity, x0, x1, t, cond | {'indicator': indicator})
     return {'flow': flow, 't': t, 'indicator': indicator, 'source_std': source_std}
 
-# %% ../../nbs/losses/01_objective.ipynb #abeacf7b
+# %% ../../nbs/losses/01_objective.ipynb #0095b809
 def text_to_image_terms(
     model,  # with velocity, source, alignment_target and temperature
     text_features: Tensor,  # of the frozen text encoder, (b, n, c)
@@ -100,7 +101,7 @@ def text_to_image_terms(
     recipe: TextToImageRecipe,
     rng: Rng = Rng(),
     cond: dict[str, Tensor] = {},  # as `flow_terms`
-) -> dict[str, Tensor]:  # as `flow_terms`, with kl () and align () where their weights are not 0; for the log source_snr (), source_share (), source_cosine ()
+) -> dict[str, Tensor]:  # as `flow_terms`; kl, direction, align () where they have weights; source_snr, _share, _cosine ()
     "Losses of text to image."
     source, weights = model.source(text_features), recipe.weights
     x0 = source.sample(rng.like(source.mean))                                    # (b, n, d)
@@ -243,7 +244,7 @@ def perceptual_loss(
     shares = {'lpips': 1., 'convnext': convnext_share}
     return sum(shares[name] * distance for name, distance in distances.items()) / sum(shares.values())
 
-# %% ../../nbs/losses/01_objective.ipynb #eb9e2a1e
+# %% ../../nbs/losses/01_objective.ipynb #02d5d323
 def tokenizer_terms(
     tokenizer,  # with encode(images) -> Gaussian and decode(tokens, text_features) -> images
     images: Tensor,  # values in [0, 1], (b, 3, h, w)
@@ -251,11 +252,12 @@ def tokenizer_terms(
     recipe: TokenizerRecipe = TokenizerRecipe(1, 1, kl_weight=1e-6),
     rng: Rng = Rng(),
     keep_decoded: bool = False,  # hand out what was drawn, too, for critics to look at
-) -> dict[str, Tensor]:  # reconstruction (), token_snr () for the log, kl () where its weight is not 0, decoded (b, 3, h, w) where it is kept
+) -> dict[str, Tensor]:  # reconstruction (), token_snr (), kl () where it has a weight, decoded (b, 3, h, w)
     "Losses of the tokenizer."
     posterior = tokenizer.encode(images)
     decoded = tokenizer.decode(posterior.sample(rng.like(posterior.mean)), text_features)
-    terms = {'reconstruction': reconstruction_loss(decoded, images, recipe.edge_weight), 'token_snr': token_snr(posterior).detach()}
+    terms = {'reconstruction': reconstruction_loss(decoded, images, recipe.edge_weight),
+             'token_snr': token_snr(posterior).detach()}
     if recipe.kl_weight:
         terms['kl'] = posterior.kl().mean()
     return terms | {'decoded': decoded} if keep_decoded else terms
@@ -272,7 +274,7 @@ def caption_cross_entropy(
     weight = torch.where(ids == pad_id, pad_weight, 1.)                          # (b, n)
     return (loss * weight).sum() / weight.sum()
 
-# %% ../../nbs/losses/01_objective.ipynb #75cfa169
+# %% ../../nbs/losses/01_objective.ipynb #4c68adad
 def reverse_terms(
     model,  # TwoWayFlowTok
     text_features: Tensor,  # of the first captions, (b, n, c)
@@ -281,13 +283,16 @@ def reverse_terms(
     rng: Rng = Rng(),
     step_back: bool = True,  # False: the source alone, the velocity is left as it is
 ) -> dict[str, Tensor]:  # reverse (b,), caption (), and for the log exact ()
-    "Losses of captions by reversal: the flow loss at t = 1, and the cross-entropy of captions read from the source and from one step back."
+    "Flow loss at t = 1, and cross-entropy of captions read from the source and from one step back."
     source = model.source(text_features)
     x0 = source.sample(rng.like(source.mean))                                    # (b, n, d)
     if not step_back:
         logits = model.decoder(x0.detach())
-        return {'caption': caption_cross_entropy(logits, ids), 'exact': (logits.argmax(-1) == ids).all(1).float().mean()}
-    back = image_tokens - model.velocity(image_tokens, torch.ones(len(ids)), model.backward_cond, torch.zeros(len(ids)))      # (b, n, d)
+        return {'caption': caption_cross_entropy(logits, ids),
+                'exact': (logits.argmax(-1) == ids).all(1).float().mean()}
+    # (b, n, d)
+    back = image_tokens - model.velocity(image_tokens, torch.ones(len(ids)), model.backward_cond, torch.zeros(len(ids)))
     logits = model.decoder(torch.cat([x0, back]))                                # (2 b, n, vocabulary)
     exact = (logits[len(ids):].argmax(-1) == ids).all(1).float().mean()
-    return {'reverse': (back - x0).square().flatten(1).mean(1), 'caption': caption_cross_entropy(logits, torch.cat([ids, ids])), 'exact': exact}
+    return {'reverse': (back - x0).square().flatten(1).mean(1),
+            'caption': caption_cross_entropy(logits, torch.cat([ids, ids])), 'exact': exact}

@@ -215,7 +215,7 @@ def _load_convnext(convnext: Path) -> ConvNeXtLogits:
     classifier.load_state_dict(_read_weights(convnext, classifier.state_dict()), assign=True)
     return ConvNeXtLogits(classifier)
 
-# %% ../../nbs/losses/02_perceptual.ipynb #eccf7595
+# %% ../../nbs/losses/02_perceptual.ipynb #0b92c8e2
 _perceptual_networks = {                             # by name: for people, how it is loaded, from which files
     'lpips': ('LPIPS', _load_lpips, ('vgg', 'lin')),
     'convnext': ('ConvNeXt-S', _load_convnext, ('convnext',))}
@@ -225,12 +225,13 @@ def locate_perceptual(
     expected: tuple[str, ...] = tuple(_perceptual_networks),  # names of them
     folder: str | Path | None = None,  # of the files, None for torch.hub's checkpoints
     download: bool = False,  # files that are missing, where that is possible
-) -> tuple[dict[str, dict[str, Path]], list[str]]:  # network -> its files, where all are there; a sentence for each other
+) -> tuple[dict[str, dict[str, Path]], list[str]]:  # network -> its files; sentences about missing ones
     "Weight files of perceptual networks, and sentences about the missing ones."
     folder, located, sentences = Path(folder or Path(torch.hub.get_dir()) / 'checkpoints'), {}, []
     for name in expected:
         title, _, needs = _perceptual_networks[name]
-        files = {need: _find_file(need, folder) or (_download_file(need, folder) if download else None) for need in needs}
+        files = {need: _find_file(need, folder) or (_download_file(need, folder) if download else None)
+                 for need in needs}
         missing = [_perceptual_files[need] for need, file in files.items() if file is None]
         if not missing:
             located[name] = files
@@ -292,7 +293,7 @@ class Adversary(nn.Module):
             average.copy_(torch.where(mean.isfinite(), moving_average(average, mean), average))
         return terms | {'real_logit': means[0].detach(), 'fake_logit': means[1].detach()}
 
-# %% ../../nbs/losses/02_perceptual.ipynb #c399b995
+# %% ../../nbs/losses/02_perceptual.ipynb #23277e92
 class TokenizerCritics(nn.Module):
     "Perceptual networks and discriminator of the tokenizer."
     def __init__(
@@ -326,5 +327,6 @@ class TokenizerCritics(nn.Module):
         if terms:
             terms['perceptual'] = perceptual_loss(terms, self.recipe.convnext_share)
         if self.adversary is not None:
-            terms['adversarial'] = self.adversary.generator_term(decoded) if self.active(step) else torch.zeros((), device=decoded.device)
+            terms['adversarial'] = self.adversary.generator_term(decoded) if self.active(step) else torch.zeros((),
+                device=decoded.device)
         return terms

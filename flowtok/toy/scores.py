@@ -15,7 +15,7 @@ from ..evaluation.metrics import psnr
 from .shapes import captions, draw_scene, render
 from .verifier import is_true, parse, shows
 
-# %% ../../nbs/toy/04_scores.ipynb #cb363df2
+# %% ../../nbs/toy/04_scores.ipynb #be59084b
 CONTROLS = 'with text', 'no text at decoding', 'noise tokens, right text', 'right tokens, wrong text'
 
 
@@ -41,11 +41,14 @@ def caption_kind(
         return 'colours left open'
     if any(shape is None for _, _, shape, _ in claims.things):
         return 'shapes left open'
-    count = 'two alike' if text.startswith('two') else ('one thing', 'two things', 'three things')[len(claims.things) - 1]
+    count = 'two alike' if text.startswith('two') else ('one thing', 'two things',
+                                                        'three things')[len(claims.things) - 1]
     places = [words[3] for words in claims.things]
-    return f'{count}, no places' if not any(places) else count if all(place and all(place) for place in places) else f'{count}, a row or a column'
+    if not any(places):
+        return f'{count}, no places'
+    return count if all(place and all(place) for place in places) else f'{count}, a row or a column'
 
-# %% ../../nbs/toy/04_scores.ipynb #84e896c0
+# %% ../../nbs/toy/04_scores.ipynb #0f55a874
 def count_right(
     images: torch.Tensor,  # (n, 3, h, w) in [0, 1]
     prompts: list[str],  # what each should show
@@ -73,7 +76,8 @@ def text_to_image_scores(
     noise = torch.randn(tokens.shape, generator=generator).to(tokens.device)
     inputs = {'with text': (tokens, features), 'no text at decoding': (tokens, None),
               'noise tokens, right text': (noise, features), 'right tokens, wrong text': (tokens, features.roll(1, 0))}
-    decoded = {name: pipe.tokenizer.decode(pipe.tokenizer.from_flow(inputs[name][0]), inputs[name][1]) for name in controls}
+    decoded = {name: pipe.tokenizer.decode(pipe.tokenizer.from_flow(inputs[name][0]), inputs[name][1])
+               for name in controls}
     return {name: count_right(images, prompts) for name, images in decoded.items()}
 
 # %% ../../nbs/toy/04_scores.ipynb #55436bb3

@@ -252,7 +252,7 @@ def relation(
             words.append(word)
     return words
 
-# %% ../../nbs/toy/02_shapes.ipynb #fbdb3103
+# %% ../../nbs/toy/02_shapes.ipynb #6252f503
 def facing(
     a: Thing,  # or anything with x and y
     b: Thing,
@@ -261,7 +261,8 @@ def facing(
     return abs(a.x + b.x - 1) < .15 and abs(a.y + b.y - 1) < .15
 
 
-_PLACES = {'both': slice(0, 2), 'row': slice(0, 1), 'column': slice(1, 2), 'none': slice(0, 0)}  # which place words are used
+# which place words are used
+_PLACES = {'both': slice(0, 2), 'row': slice(0, 1), 'column': slice(1, 2), 'none': slice(0, 0)}
 
 
 def _noun(
@@ -302,7 +303,7 @@ def plain_caption(
     "Canonical caption of a scene: every thing with its place, in reading order."
     return ', '.join(map(_noun, _reading_order(scene.things)))
 
-# %% ../../nbs/toy/02_shapes.ipynb #fce3e959
+# %% ../../nbs/toy/02_shapes.ipynb #b2bbb87d
 def _loose_caption(scene: Scene, rng: np.random.Generator, split: str = 'train') -> str:
     "Sample a caption of at most 15 words."
     things, rare = _reading_order(scene.things), HELD_OUT if split == 'held_out' else ()
@@ -313,7 +314,8 @@ def _loose_caption(scene: Scene, rng: np.random.Generator, split: str = 'train')
     shares = {1: [.5, .06, .06, .38], 2: [.65, 0., 0., .35], 3: [1., 0., 0., 0.]}[len(things)]
     places = 'none' if relations else str(rng.choice(list(_PLACES), p=shares))
     article = {True: rng.random() < .5 and len(things) < 3, False: rng.random() < .8}[sized]
-    nouns = [_noun(o, sized, place=places, article=article, **{left_out: (o.shape, o.colour) in rare} if left_out else {})
+    nouns = [_noun(o, sized, place=places, article=article,
+                   **{left_out: (o.shape, o.colour) in rare} if left_out else {})
              for o in things]
     counted = _two_alike(things, sized) if rng.random() < .6 else None
     if counted:

@@ -22,7 +22,7 @@ from ..models.text import rewrite_caption
 from .shapes import (COLOURS, COLUMNS, HUES, PERIOD, RELATIONS, ROWS, SHAPES, SIZES, TEXTURES, TONES, Scene,
                             is_at, plural, relation, shape_distance, texture_pattern)
 
-# %% ../../nbs/toy/03_verifier.ipynb #7e8434c1
+# %% ../../nbs/toy/03_verifier.ipynb #dbf24354
 @dataclass(frozen=True)
 class Claims:
     "Claims of a caption."
@@ -41,8 +41,10 @@ def _noun_pattern(i: int) -> str:
             f'(?: {pattern(f"row{i}", ROWS)})?(?: {pattern(f"column{i}", COLUMNS)})?')
 
 
-_NOUNS = f'{_noun_pattern(0)}(?:(?: {pattern("relation", RELATIONS)}| and| with)? {_noun_pattern(1)}(?: {_noun_pattern(2)})?)?'
-_COUNTED = (f'two (?:{pattern("size", SIZES)} )?(?:{pattern("colour", COLOURS)} )?{pattern("shapes", map(plural, SHAPES))}')
+_JOINED = f'(?: {pattern("relation", RELATIONS)}| and| with)?'
+_NOUNS = f'{_noun_pattern(0)}(?:{_JOINED} {_noun_pattern(1)}(?: {_noun_pattern(2)})?)?'
+_COUNTED = (f'two (?:{pattern("size", SIZES)} )?(?:{pattern("colour", COLOURS)} '
+            f')?{pattern("shapes", map(plural, SHAPES))}')
 _SENTENCE = re.compile(f'(?:(?:there is )?{_NOUNS}|{_COUNTED})'
                       f'(?: on (?:a )?{pattern("ground", [*TONES, *TEXTURES])}(?: background)?)?')
 
@@ -206,7 +208,7 @@ def _read_ground(grey: np.ndarray, mask: np.ndarray) -> tuple[str, str]:
             texture, explained, level = name, slope**2 * spread, g.mean() - slope * (p.mean() - .5)
     return min(TONES, key=lambda tone: abs(TONES[tone] - level)), texture
 
-# %% ../../nbs/toy/03_verifier.ipynb #2ac4e003
+# %% ../../nbs/toy/03_verifier.ipynb #288e57d9
 _MAX_ERROR = .3  # of a template that still counts as a match
 
 
@@ -238,7 +240,8 @@ def _read_thing(chroma: np.ndarray, core: np.ndarray) -> Seen:
     errors = _template_errors(_through_window(a, x, y, radius), radius)
     shape = min(errors, key=lambda name: errors[name].min())
     error, size = float(errors[shape].min()), 'small' if radius < .141 else 'large'
-    return Seen(shape if error <= _MAX_ERROR else 'unclear', _name_colour(own), size, x, y, error, _tilt_of(shape, errors[shape]))
+    return Seen(shape if error <= _MAX_ERROR else 'unclear', _name_colour(own), size, x, y, error,
+                _tilt_of(shape, errors[shape]))
 
 # %% ../../nbs/toy/03_verifier.ipynb #7aa7bfd1
 def read(

@@ -72,7 +72,7 @@ def set_aside(run: Run):
             if path.exists():
                 path.rename(path.with_name(f'{path.name}-before-{when}'))
 
-# %% ../../nbs/training/03_checkpointing.ipynb #7d031948
+# %% ../../nbs/training/03_checkpointing.ipynb #9867f0dd
 def all_gather_object(value) -> list:  # the values of all processes, in order
     "torch.distributed.all_gather_object, also for one process."
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -82,7 +82,7 @@ def all_gather_object(value) -> list:  # the values of all processes, in order
     return values
 
 
-def _named_state(optimizer, names: dict[Tensor, str]) -> dict:  # parameter's name -> its state; 'groups': rates and the like
+def _named_state(optimizer, names: dict[Tensor, str]) -> dict:  # 'state' by name, 'groups': rates
     "State of an optimiser by the names of its parameters."
     inner = getattr(optimizer, 'optimizer', optimizer)
     if hasattr(inner, 'consolidate_state_dict'):
@@ -99,7 +99,8 @@ def _load_named_state(optimizer, saved: dict, names: dict[Tensor, str]):
     inner = getattr(optimizer, 'optimizer', optimizer)
     if 'groups' in saved:
         place = {names[p]: i for i, p in enumerate(p for group in inner.param_groups for p in group['params'])}
-        groups = [values | {'params': [place[names[p]] for p in group['params']]} for group, values in zip(inner.param_groups, saved['groups'])]
+        groups = [values | {'params': [place[names[p]] for p in group['params']]} for group,
+                  values in zip(inner.param_groups, saved['groups'])]
         saved = {'state': {place[name]: values for name, values in saved['state'].items()}, 'param_groups': groups}
     inner.load_state_dict(saved)
 
@@ -112,14 +113,16 @@ def training_state(stage: Stage, ema: Ema, optimizers, critics, batches, acceler
     if not accelerator.is_main_process:
         return {}
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-    return {'step': step, 'weights': stage.trained.state_dict(), 'mean': dict(zip(ema.names, ema.mean)), 'position': position,
+    return {'step': step, 'weights': stage.trained.state_dict(), 'mean': dict(zip(ema.names, ema.mean)),
+            'position': position,
             'scaler': scaler, 'critics': critics.state() if critics else {}, 'optimizers': states}
 
 
 def restore(state: dict, stage: Stage, ema: Ema, optimizers):
     "Restore a checkpoint."
     stage.trained.load_state_dict(state['weights'])
-    means = state['mean'] if isinstance(state['mean'], dict) else dict(zip(ema.names, state['mean']))    # older: by position
+    # older: by position
+    means = state['mean'] if isinstance(state['mean'], dict) else dict(zip(ema.names, state['mean']))
     for name, mean in zip(ema.names, ema.mean):
         mean.copy_(means[name])
     names = {p: name for name, p in stage.trained.named_parameters()}
@@ -136,17 +139,20 @@ def save_checkpoint(
     for path in [path for path in checkpoints(run) if path.stem <= f"{state['step']:08d}"][:-run.keep]:
         path.unlink()
 
-# %% ../../nbs/training/03_checkpointing.ipynb #e6af8a3f
+# %% ../../nbs/training/03_checkpointing.ipynb #f8f346ee
 def run_identity(run: Run) -> dict:  # name of a value -> value, as JSON has them
     "All that decides the result of a run."
     def flat(values: dict, prefix: str) -> dict:
-        nested = [flat(value, f'{prefix}{name}.') if isinstance(value, dict) else {f'{prefix}{name}': value} for name, value in values.items()]
+        nested = [flat(value, f'{prefix}{name}.') if isinstance(value, dict) else {f'{prefix}{name}': value} for name,
+                  value in values.items()]
         return {name: value for part in nested for name, value in part.items()}
 
     def weights(path): return file_digest(path)[:16] if Path(path).is_file() else str(path)
-    upstream = {'text-to-image': ('tokenizer',), 'image-to-text': ('tokenizer', 'text'), 'both': ('tokenizer', 'text')}.get(run.stage, ())
+    upstream = {'text-to-image': ('tokenizer',), 'image-to-text': ('tokenizer', 'text'),
+                'both': ('tokenizer', 'text')}.get(run.stage, ())
     values = flat(asdict(run.config), 'config.') | flat(asdict(run.recipe), 'recipe.') | {
-        'stage': run.stage, 'seed': run.seed, 'clip': run.clip and weights(run.clip), 'init': run.init and weights(initial_weights(run) or weights_file(run.init, run.stage)),
+        'stage': run.stage, 'seed': run.seed, 'clip': run.clip and weights(run.clip),
+        'init': run.init and weights(initial_weights(run) or weights_file(run.init, run.stage)),
         'data': hashlib.sha256(json.dumps(describe_sources(find_sources(run.data))).encode()).hexdigest()[:16]}
     values |= {f'weights of {stage}': weights(earlier_weights(run, stage)) for stage in upstream}
     return json.loads(json.dumps(values))
@@ -158,19 +164,24 @@ def check_identity(
     earlier: dict | None,  # of the checkpoint; None where an older version wrote it
 ) -> list[str]:  # what differs, where resume='changed' allows it
     "Raise ValueError where a checkpoint is that of another run, naming what differs."
-    older = {name for name in earlier or () if name not in identity and name.startswith('recipe.')}              # one recipe for all stages once
-    newer = {name for name in identity if name not in (earlier or identity) and name in ('recipe.margin', 'config.text.rewrites')}
-    changed = [f'{name} {earlier.get(name)!r} -> {identity.get(name)!r}' for name in sorted({*identity, *(earlier or identity)} - older - newer)
+    # one recipe for all stages once
+    older = {name for name in earlier or () if name not in identity and name.startswith('recipe.')}
+    newer = {name for name in identity if name not in (earlier or identity)
+             and name in ('recipe.margin', 'config.text.rewrites')}
+    changed = [f'{name} {earlier.get(name)!r} -> {identity.get(name)!r}'
+               for name in sorted({*identity, *(earlier or identity)} - older - newer)
                if earlier is not None and identity.get(name) != earlier.get(name)]
     if changed and run.resume != 'changed':
-        raise ValueError(f"The checkpoints in {run.folder} are those of another run: {'; '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}. Choose another "
+        raise ValueError(f"The checkpoints in {run.folder} are those of another run: "
+                         f"{'; '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}. Choose another "
                          "folder, resume='never' to set them aside, or resume='changed' to go on nevertheless.")
     return changed
 
-# %% ../../nbs/training/03_checkpointing.ipynb #500ba066
+# %% ../../nbs/training/03_checkpointing.ipynb #ace68b28
 def _other_stages(run: Run) -> tuple[list[str], FlowTokConfig | None]:
     "Other stages with finished weights in the folder of a run."
-    path, others = Path(run.out) / 'config.json', [stage for stage in every_stage if stage != run.stage and weights_file(run.out, stage).exists()]
+    path, others = Path(run.out) / 'config.json', [stage for stage in every_stage if stage != run.stage
+                                                   and weights_file(run.out, stage).exists()]
     return others, from_json(path.read_text()) if others and path.exists() else None
 
 
@@ -182,11 +193,15 @@ def merge_config(run: Run) -> FlowTokConfig:
     config, (others, held) = run.config, _other_stages(run)
     if held is None:
         return config
-    draws = 'both' if 'both' in (run.stage, *others) else 'text-to-image'        # the stage that the pipeline draws with
-    of = {'text-to-image': held if draws in others else config, 'image-to-text': held if 'image-to-text' in others else config}
+    # the stage that the pipeline draws with
+    draws = 'both' if 'both' in (run.stage, *others) else 'text-to-image'
+    of = {'text-to-image': held if draws in others else config,
+          'image-to-text': held if 'image-to-text' in others else config}
     drawing, captions = of['text-to-image'], of['image-to-text'].sampling
-    sampling = replace(drawing.sampling, caption_steps=captions.caption_steps, caption_guidance=captions.caption_guidance)
-    return replace(config, guided=tuple(stage for stage in stages[2:] if stage in of[stage].guided), source=drawing.source, sampling=sampling,
+    sampling = replace(drawing.sampling, caption_steps=captions.caption_steps,
+                       caption_guidance=captions.caption_guidance)
+    return replace(config, guided=tuple(stage for stage in stages[2:] if stage in of[stage].guided),
+                   source=drawing.source, sampling=sampling,
                    both=held.both if 'both' in others else config.both)
 
 
@@ -194,16 +209,20 @@ def check_folder(run: Run):
     "Raise ValueError where the folder holds finished weights of other sizes: one folder is one pipeline."
     others, present = _other_stages(run)
     if present is not None:
-        held, own = (asdict(replace(config, name='', source=SourceConfig(), sampling=SamplingConfig(), guided=(), both=None))
+        held, own = (asdict(replace(config, name='', source=SourceConfig(), sampling=SamplingConfig(), guided=(),
+                                    both=None))
                      for config in (present, run.config))
         different = [name for name in own if held[name] != own[name]]
         if different:
-            raise ValueError(f"{run.out} holds the weights of {', '.join(others)} with another {' and '.join(different)}: choose another folder.")
+            raise ValueError(f"{run.out} holds the weights of {', '.join(others)} with another "
+                             f"{' and '.join(different)}: choose another folder.")
         if run.stage in _DRAWING and not _DRAWING.isdisjoint(others) and present.source != run.config.source:
-            raise ValueError(f"{run.out} holds the weights of {', '.join(others)} with another source: choose another folder.")
+            raise ValueError(f"{run.out} holds the weights of {', '.join(others)} with another source: choose "
+                             f"another folder.")
 
-# %% ../../nbs/training/03_checkpointing.ipynb #e1c92b4f
-_STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP') if hasattr(signal, name)]   # Windows has no SIGHUP
+# %% ../../nbs/training/03_checkpointing.ipynb #3f950099
+# Windows has no SIGHUP
+_STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP') if hasattr(signal, name)]
 
 
 class Stopped(SystemExit):
@@ -235,7 +254,7 @@ class GracefulStop:
         dist.all_reduce(number, dist.ReduceOp.MAX, group)
         return int(number)
 
-# %% ../../nbs/training/03_checkpointing.ipynb #388fc9a9
+# %% ../../nbs/training/03_checkpointing.ipynb #f466f77a
 class Log:
     "Averages terms and appends them to a file as JSON lines."
 
@@ -266,14 +285,16 @@ class Log:
 
 def loggable_values(terms: dict[str, Tensor]) -> dict[str, float]:
     "Terms as numbers, with the flow loss by time bin."
-    values = {name: term.float().mean().item() for name, term in terms.items() if name not in ('t', 's', 'indicator', 'broken')}
+    values = {name: term.float().mean().item() for name,
+              term in terms.items() if name not in ('t', 's', 'indicator', 'broken')}
     if 's' in terms:
-        values |= {f'error {name}': error for name, error in error_by_times(terms['error'], terms['t'], terms['s']).items()}
+        values |= {f'error {name}': error for name,
+                   error in error_by_times(terms['error'], terms['t'], terms['s']).items()}
     elif 't' in terms:
         values |= {f'flow {name}': loss for name, loss in loss_by_time_bin(terms['flow'], terms['t']).items()}
     return values
 
-# %% ../../nbs/training/03_checkpointing.ipynb #e814d48a
+# %% ../../nbs/training/03_checkpointing.ipynb #a9f2e8cd
 _MAX_SOURCE_SNR = 20  # root mean square of the source's mean over that of its standard deviation
 _MAX_SOURCE_COSINE = .9  # between the source's means and the image tokens
 _COLLAPSE_STEP = 500  # from which tokens and cosines are looked at
@@ -285,15 +306,19 @@ def collapse_warning(
     "Warning that a source has lost its noise or anticipates its target, or that image tokens are mostly noise."
     snr, late = line.get('source_snr', 0.), line.get('step', 0) >= _COLLAPSE_STEP
     if late and line.get('token_snr', 1.) < 1:
-        return (f"Image tokens differ between images by {line['token_snr']:.2f} of their noise at step {line['step']}: the tokenizer has collapsed "
+        return (f"Image tokens differ between images by {line['token_snr']:.2f} of their noise at step "
+                f"{line['step']}: the tokenizer has collapsed "
                 "and its images will be pale. Lower kl_weight and perceptual_weight, or start the discriminator later.")
     if late and line.get('source_cosine', 0.) > _MAX_SOURCE_COSINE:
-        return (f"The means of the source point along the image tokens (cosine {line['source_cosine']:.2f}) at step {line['step']}: the projector paints, and the "
+        return (f"The means of the source point along the image tokens (cosine {line['source_cosine']:.2f}) at step "
+                f"{line['step']}: the projector paints, and the "
                 "flow has nothing to learn. Lower direction_weight, or raise kl_weight.")
     if snr <= _MAX_SOURCE_SNR:
         return ''
-    return (f"The noise of the source is {100 / snr:.1f}% of its means at step {line.get('step', 0)}, below {100 / _MAX_SOURCE_SNR:g}%: the model will draw one "
-            "image for each caption, the mean of all. Raise kl_weight, or use source=fixed with a source_std and a mean_scale.")
+    return (f"The noise of the source is {100 / snr:.1f}% of its means at step {line.get('step', 0)}, below "
+            f"{100 / _MAX_SOURCE_SNR:g}%: the model will draw one "
+            "image for each caption, the mean of all. Raise kl_weight, or use source=fixed with a source_std and a "
+            "mean_scale.")
 
 # %% ../../nbs/training/03_checkpointing.ipynb #65e0c536
 @torch.no_grad()
@@ -318,7 +343,7 @@ def show_progress(
     if 'captions' in samples:
         log.write(step=step, captions=samples['captions'], prompts=prompts)
 
-# %% ../../nbs/training/03_checkpointing.ipynb #441bc502
+# %% ../../nbs/training/03_checkpointing.ipynb #8dc52ca6
 def progress_line(
     run: Run,
     events: list[dict],  # lines of the log so far
@@ -330,6 +355,8 @@ def progress_line(
     first, last = timed[max(0, len(timed) - 10)], timed[-1]
     pace = (last['seconds'] - first['seconds']) / max(1, last['step'] - first['step'])
     left = pace * (run.recipe.steps - last['step'])
-    clock = f'{left / 3600:.1f} hours' if left > 5400 else f'{left / 60:.1f} minutes' if left > 90 else f'{left:.0f} seconds'
+    clock = (f'{left / 3600:.1f} hours' if left > 5400
+             else f'{left / 60:.1f} minutes' if left > 90 else f'{left:.0f} seconds')
     return (f"{run.stage}: step {last['step']:,} of {run.recipe.steps:,}, {pace:.3g} s a step, "
-            f"{run.recipe.batch_size / max(pace, 1e-9):.3g} samples/s, {'done' if last['step'] >= run.recipe.steps else f'{clock} left'}")
+            f"{run.recipe.batch_size / max(pace, 1e-9):.3g} samples/s, "
+            f"{'done' if last['step'] >= run.recipe.steps else f'{clock} left'}")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit', 'train', 'cache_tokens', 'train_stages', 'exit_with', 'main']
 
-# %% ../../nbs/training/04_fit.ipynb #952fc556
+# %% ../../nbs/training/04_fit.ipynb #4870d681
 import hashlib
 import math
 import os
@@ -30,8 +30,11 @@ from ..data.token_cache import check_cache, holds_tokens, write_token_cache
 from ..config import every_stage, to_json
 from ..files import lock_folder, write_atomically
 from ..data.images import to_images
-from .checkpointing import (Log, GracefulStop, Stopped, all_gather_object, check_folder, check_identity, checkpoints, merge_config, newest_state, progress_line, restore, run_identity,
-                             save_checkpoint, set_aside, show_progress, collapse_warning, loggable_values, training_state)
+from .checkpointing import (Log, GracefulStop, Stopped, all_gather_object, check_folder,
+                                            check_identity, checkpoints, merge_config, newest_state, progress_line,
+                                            restore, run_identity,
+                             save_checkpoint, set_aside, show_progress, collapse_warning, loggable_values,
+                             training_state)
 from ..models.fast import align_swiglu
 from ..models.flowtok import load_weights, save_weights
 from .tasks import Run, Stage, check_perceptual, earlier_weights, read_run, stage_classes
@@ -40,7 +43,7 @@ from ..data.mixture import find_sources
 from ..data.loader import open_batches
 from ..models.tokenizer import ImageTokenizer
 
-# %% ../../nbs/training/04_fit.ipynb #2cc64a64
+# %% ../../nbs/training/04_fit.ipynb #b2325f94
 class _Batches:
     "Endless batches of one process, on its device, as `Stage.batch` makes them."
 
@@ -51,7 +54,8 @@ class _Batches:
         cached = run.stage in every_stage[2:] and (run.cache / 'cache.json').exists()
         data = run.cache if cached else run.data
         self.stage, self.device = stage, device
-        self.stream = open_batches(find_sources(str(data)), stage.reader, batch_size or run.recipe.batch_size, seed=run.seed,
+        self.stream = open_batches(find_sources(str(data)), stage.reader, batch_size or run.recipe.batch_size,
+                                   seed=run.seed,
                                    rank=rank, world_size=world_size, workers=workers, position=position)
 
     def __iter__(self): return self
@@ -67,7 +71,7 @@ class _Batches:
     @property
     def counts(self) -> Counter: return self.stream.counts
 
-# %% ../../nbs/training/04_fit.ipynb #05dc1532
+# %% ../../nbs/training/04_fit.ipynb #583af9cc
 def _setup(run: Run):  # accelerator, stage
     "Build accelerator and stage; the same initial weights in every process."
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -85,7 +89,8 @@ def _setup(run: Run):  # accelerator, stage
                               log_with='tensorboard' if run.tensorboard else None, project_dir=str(run.folder))
     own = run.recipe.batch_size // accelerator.num_processes
     if run.recipe.batch_size % accelerator.num_processes or own % run.recipe.accumulate:
-        raise ValueError(f"batch_size {run.recipe.batch_size} cannot be shared by {accelerator.num_processes} processes in "
+        raise ValueError(f"batch_size {run.recipe.batch_size} cannot be shared by {accelerator.num_processes} "
+                         f"processes in "
                          f"{run.recipe.accumulate} parts each: choose a multiple.")
     if run.tensorboard:
         accelerator.init_trackers('tensorboard')
@@ -103,7 +108,7 @@ def _setup(run: Run):  # accelerator, stage
     stage.to(accelerator.device).train()
     return accelerator, stage
 
-# %% ../../nbs/training/04_fit.ipynb #40067812
+# %% ../../nbs/training/04_fit.ipynb #086267b7
 @torch.no_grad()
 def _finish(run: Run, stage: Stage, ema: Ema, device: torch.device):
     "Save averaged weights and config, remove the checkpoints."
@@ -111,13 +116,14 @@ def _finish(run: Run, stage: Stage, ema: Ema, device: torch.device):
     with ema.applied():
         if getattr(run.recipe, 'whiten', False):
             fresh = _Batches(run, stage, device, batch_size=16)
-            stage.trained.measure_tokens(torch.cat([stage.trained.encode(next(fresh)['images']).mean for _ in range(125)]))
+            stage.trained.measure_tokens(torch.cat([stage.trained.encode(next(fresh)['images']).mean
+                                                    for _ in range(125)]))
         write_atomically(Path(run.out) / 'config.json', to_json(merge_config(run)) + '\n')
         save_weights(stage.trained, run.weights, stage=run.stage)
     for path in checkpoints(run):
         path.unlink()
 
-# %% ../../nbs/training/04_fit.ipynb #1baac965
+# %% ../../nbs/training/04_fit.ipynb #a56ae3ca
 _MAX_NONFINITE_STEPS = 10  # in a row, after which a run ends
 
 
@@ -125,10 +131,21 @@ class _Report:
     "Log, warnings and samples of a run; ends it when its gradients are no longer finite."
 
     def __init__(self, run: Run, stage: Stage, ema: Ema, accelerator, start: int, tell: Callable):
-        self.run, self.stage, self.ema, self.accelerator, self.start, self.tell = run, stage, ema, accelerator, start, tell
-        self.began, self.pending, self.skipped, self.in_a_row, self.warned, self.log = time.monotonic(), [], 0, 0, False, None
+        self.run = run
+        self.stage = stage
+        self.ema = ema
+        self.accelerator = accelerator
+        self.start = start
+        self.tell = tell
+        self.began = time.monotonic()
+        self.pending = []
+        self.skipped = 0
+        self.in_a_row = 0
+        self.warned = False
+        self.log = None
         if accelerator.is_main_process:
-            self.log, self.samples = Log(run.folder / 'log.jsonl', start), next(_Batches(run, stage, accelerator.device, batch_size=16))
+            self.log, self.samples = Log(run.folder / 'log.jsonl',
+                                         start), next(_Batches(run, stage, accelerator.device, batch_size=16))
 
     def warn(self, step: int, **sentence: str):
         "Print a sentence once and log it."
@@ -144,13 +161,14 @@ class _Report:
             if self.in_a_row >= _MAX_NONFINITE_STEPS:
                 saved = checkpoints(self.run)
                 raise FloatingPointError(
-                    f"{self.in_a_row} steps in a row, up to step {step}, had gradients that are not finite: try a lower learning_rate, "
+                    f"{self.in_a_row} steps in a row, up to step {step}, had gradients that are not finite: try a "
+                    f"lower learning_rate, "
                     f"clip=1, or precision=fp32. {f'The last good checkpoint is {saved[-1]}.' if saved else ''}")
             if self.log and not self.in_a_row:
                 self.log.add(loggable_values(losses))
         self.pending = []
 
-# %% ../../nbs/training/04_fit.ipynb #88707f83
+# %% ../../nbs/training/04_fit.ipynb #6f04b51a
 @patch
 def __call__(
     self: _Report,
@@ -164,7 +182,8 @@ def __call__(
     if step % run.log_every == 0 or step - self.start in (1, 3) or last:
         self.read(step)
         if self.log:
-            line = self.log.write(step=step, seconds=round(time.monotonic() - self.began, 2), rate=rate, **({'skipped': self.skipped} if self.skipped else {}))
+            line = self.log.write(step=step, seconds=round(time.monotonic() - self.began, 2), rate=rate,
+                                  **({'skipped': self.skipped} if self.skipped else {}))
             self.tell(line)
             if not self.warned and (warning := collapse_warning(line)):
                 self.warned = True
@@ -173,7 +192,7 @@ def __call__(
     if self.log and (step % run.sample_every == 0 or last):
         show_progress(self.stage, self.ema, self.samples, step, self.log)
 
-# %% ../../nbs/training/04_fit.ipynb #d46d26db
+# %% ../../nbs/training/04_fit.ipynb #fff96cdb
 def fit(
     run: Run,
     stop: GracefulStop,
@@ -190,14 +209,16 @@ def fit(
     state = newest_state(run) or {'step': 0, 'position': None, 'identity': identity}
     changed, start = check_identity(run, identity, state.get('identity')), state['step']
     if accelerator.is_main_process:
-        write_atomically(run.folder / 'run.json', to_json(run))                  # only once it is known to be this folder's run
+        # only once it is known to be this folder's run
+        write_atomically(run.folder / 'run.json', to_json(run))
     if start:
         restore(state, stage, ema, optimizers)
     model, *optimizers = accelerator.prepare(stage, *optimizers, device_placement=[True] + [False] * len(optimizers))
     critics = Critics(run, accelerator, state.get('critics'), start) if getattr(stage, 'critical', False) else None
     if accelerator.scaler is not None and state.get('scaler'):
         accelerator.scaler.load_state_dict(state['scaler'])
-    batches = _Batches(run, stage, device, accelerator.process_index, accelerator.num_processes, position=state['position'], workers=run.workers)
+    batches = _Batches(run, stage, device, accelerator.process_index, accelerator.num_processes,
+                       position=state['position'], workers=run.workers)
     report = _Report(run, stage, ema, accelerator, start, tell)
     for sentence in critics.missing if critics else ():
         report.warn(start, missing=sentence)
@@ -206,7 +227,8 @@ def fit(
     group = dist.new_group(backend='gloo') if accelerator.num_processes > 1 else None
     del state                                                                    # as large as the model
     signal = 0
-    for step, losses in training_steps(accelerator, model, stage, optimizers, ema, batches, ShardedRng.of(accelerator, run.seed), start, critics):
+    for step, losses in training_steps(accelerator, model, stage, optimizers, ema, batches,
+                                       ShardedRng.of(accelerator, run.seed), start, critics):
         report(step, losses, learning_rate_factor(step - 1, recipe))
         last, signal = step == recipe.steps, stop.seen(group)
         if not last and (signal or step % run.save_every == 0):
@@ -216,7 +238,8 @@ def fit(
         if not last and signal:
             raise Stopped(128 + signal)
     if report.in_a_row and report.in_a_row == recipe.steps - start:
-        raise FloatingPointError(f"None of the {report.in_a_row} steps had finite gradients: there are no weights to keep.")
+        raise FloatingPointError(f"None of the {report.in_a_row} steps had finite gradients: there are no weights "
+                                 f"to keep.")
     counts = sum(all_gather_object(batches.counts), Counter())
     if report.log:
         report.log.write(step=recipe.steps, samples=dict(counts))
@@ -224,10 +247,11 @@ def fit(
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()
-    if signal:                                                                   # in the last step: this stage is finished, no other begins
+    # in the last step: this stage is finished, no other begins
+    if signal:
         raise Stopped(128 + signal)
 
-# %% ../../nbs/training/04_fit.ipynb #d80e938e
+# %% ../../nbs/training/04_fit.ipynb #f42e4942
 def train(
     run: Run,
     tell: Callable = lambda line: None,  # gets each line of the log, in the first process
@@ -240,7 +264,8 @@ def train(
         with lock_folder(run.folder) if first else nullcontext(), GracefulStop() as stop:
             fit(run, stop, tell)
     finally:
-        AcceleratorState._reset_state(reset_partial_state=False)                 # the next stage may have another precision
+        # the next stage may have another precision
+        AcceleratorState._reset_state(reset_partial_state=False)
 
 # %% ../../nbs/training/04_fit.ipynb #d7a49871
 @torch.no_grad()
@@ -268,11 +293,12 @@ def cache_tokens(
             sources, encode, run.cache, run.config.tokenizer.image_size, workers=run.workers, rank=rank,
             world_size=world_size, tokenizer=name, progress=progress)
 
-# %% ../../nbs/training/04_fit.ipynb #0564ff40
+# %% ../../nbs/training/04_fit.ipynb #c952d92b
 def _processes():
     "accelerate's PartialState."
     from accelerate import PartialState
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))    # shares of a cache may differ by hours
+    # shares of a cache may differ by hours
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
 def _prepare(run: Run):
@@ -310,9 +336,9 @@ def train_stages(
         _prepare(run)
         train(run, tell)
 
-# %% ../../nbs/training/04_fit.ipynb #288d7378
+# %% ../../nbs/training/04_fit.ipynb #11eee82f
 def exit_with(work: Callable):
-    "Call a function and end the process: status 1 and one line for bad input, the signal's number where it was stopped."
+    "Call a function and end the process: status 1 and one line for bad input, the signal's number where stopped."
     code = 0
     try:
         work()

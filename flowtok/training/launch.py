@@ -31,7 +31,7 @@ def _default_processes(run: Run) -> int:
 
 _keep_memory = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': '4000000000', 'MALLOC_TOP_PAD_': '100000000'}
 
-# %% ../../nbs/training/05_launch.ipynb #f4c58ac6
+# %% ../../nbs/training/05_launch.ipynb #c286f4cc
 def launch(
     run: Run,
     processes: int = 0,  # 0 for `_default_processes`
@@ -40,17 +40,21 @@ def launch(
     "Train a stage in new processes and yield the lines of its log."
     processes = processes or _default_processes(run)
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.folder / 'launch.json', to_json(run))                  # run.json is that of the run that was accepted here
+    # run.json is that of the run that was accepted here
+    write_atomically(run.folder / 'launch.json', to_json(run))
     log, errors = run.folder / 'log.jsonl', run.folder / 'errors.txt'
     command = [sys.executable, '-m']
     if processes > 1:
         command += ['torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', '-m']
     command += ['flowtok.training.fit', str(run.folder / 'launch.json')]
-    threads = os.environ.get('OMP_NUM_THREADS') or max(1, (os.cpu_count() or 1) // (processes * stages_at_once))   # a user's choice stays
+    # a user's choice stays
+    threads = os.environ.get('OMP_NUM_THREADS') or max(1, (os.cpu_count() or 1) // (processes * stages_at_once))
     old = log.stat().st_ino if log.exists() else None
     with errors.open('w') as sink:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sink, stderr=sink,   # the pipe ends with this process
-                                   env=os.environ | _keep_memory | {'OMP_NUM_THREADS': str(threads), 'FLOWTOK_LAUNCHED': '1'})
+        # the pipe ends with this process
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sink, stderr=sink,
+                                   env=os.environ | _keep_memory
+                                   | {'OMP_NUM_THREADS': str(threads), 'FLOWTOK_LAUNCHED': '1'})
     try:
         yield from _follow(log, process, old, idle=stages_at_once > 1)
     finally:
@@ -119,14 +123,15 @@ def draw_curves(
     figure.suptitle(progress_line(run, events), fontsize=9)
     return figure
 
-# %% ../../nbs/training/05_launch.ipynb #0df14e82
+# %% ../../nbs/training/05_launch.ipynb #8e1535cc
 def watch(
     *runs: Run,  # one, or several that do not need each other
     processes: int = 0,  # of each; 0 for `_default_processes`
 ) -> list[list[dict]]:  # all lines of the log of each run
     "Train stages side by side, each shown in one output that changes."
     from IPython.display import Image, display
-    screens, lines = ([display({'text/plain': f'{run.stage}: starting'}, raw=True, display_id=True) for run in runs] for _ in range(2))
+    screens, lines = ([display({'text/plain': f'{run.stage}: starting'}, raw=True, display_id=True) for run in runs]
+                      for _ in range(2))
     streams = dict(enumerate(launch(run, processes, len(runs)) for run in runs))
     events, due = [[] for _ in runs], [time.time() + 5] * len(runs)
 
@@ -142,7 +147,8 @@ def watch(
                     del streams[i]
                 elif event:
                     events[i].append(event)
-                    if event.get('step') == 3:                                   # the first estimate, and a line in a terminal
+                    # the first estimate, and a line in a terminal
+                    if event.get('step') == 3:
                         say(i)
                 if screens[i] and (event == 'end' or time.time() > due[i]):
                     began = time.time()

@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
                 for (p, _), update in zip(pairs, updates.to(pairs[0][0].dtype)):
                     p.mul_(1 - group['lr'] * group['weight_decay']).sub_(update, alpha=rate)
 
-# %% ../../nbs/training/02_optim.ipynb #7c067c12
+# %% ../../nbs/training/02_optim.ipynb #9d2563ab
 def learning_rate_factor(
     step: int,  # from 0
     recipe: Recipe,  # warm-up, schedule, steps
@@ -90,7 +90,8 @@ def make_optimizers(
     if recipe.optimizer == 'adamw':
         return [torch.optim.AdamW([p for _, p in named], **adamw)]
     inner = [p.ndim == 2 and ('blocks.' in name or 'layers.' in name) and 'modulation' not in name for name, p in named]
-    matrices, rest = ([p for (_, p), is_inner in zip(named, inner) if is_inner == for_muon] for for_muon in (True, False))
+    matrices, rest = ([p for (_, p), is_inner in zip(named, inner) if is_inner == for_muon]
+                      for for_muon in (True, False))
     muon = dict(lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay)
     if dist.is_initialized() and dist.get_world_size() > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -126,7 +127,7 @@ class Ema:
             for p, mean in zip(self.live, self.mean):
                 p.data, mean.data = mean.data, p.data
 
-# %% ../../nbs/training/02_optim.ipynb #d681427a
+# %% ../../nbs/training/02_optim.ipynb #fc6ec0a7
 def _seed_of(*numbers: int) -> int:  # below 2**32
     "Hash several integers to a seed."
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -140,7 +141,8 @@ class ShardedRng(Rng):
         generator: torch.Generator | None = None,  # in the same state in every process
         rank: int = 0,  # which process this is
         world_size: int = 1,  # of how many
-        host_generator: torch.Generator | None = None,  # on the CPU, for numbers that the program decides by; None: `generator`
+        # on the CPU, for numbers that the program decides by; None: `generator`
+        host_generator: torch.Generator | None = None,
         seed: int = 0,  # of the run
     ):
         super().__init__(generator)
@@ -160,7 +162,8 @@ class ShardedRng(Rng):
             generator.manual_seed(_seed_of(self.seed, 2, step))
 
     def _draw(self, kind, shape: tuple, device) -> Tensor:
-        return self.own(super()._draw(kind, (shape[0] * self.world_size, *shape[1:]), device)) if shape else super()._draw(kind, shape, device)
+        return self.own(super()._draw(kind, (shape[0] * self.world_size, *shape[1:]),
+                                      device)) if shape else super()._draw(kind, shape, device)
 
     def host(self) -> float:
         return torch.rand((), generator=self.host_generator or self.generator).item()
@@ -168,7 +171,7 @@ class ShardedRng(Rng):
     def own(self, rows: Tensor) -> Tensor:  # (b world_size, ...) -> (b, ...)
         return rows[self.rank::self.world_size]
 
-    def gather(self, rows: Tensor) -> Tensor:  # (b, ...) -> (b world_size, ...); gradients reach the own rows, times world_size
+    def gather(self, rows: Tensor) -> Tensor:  # (b, ...) -> (b world_size, ...), gradients to the own rows, times world_size
         if self.world_size == 1:
             return rows
         parts = [torch.empty_like(rows) for _ in range(self.world_size)]
@@ -177,7 +180,7 @@ class ShardedRng(Rng):
             parts[self.rank] = rows + (self.world_size - 1) * (rows - rows.detach())
         return torch.stack(parts, 1).flatten(0, 1)
 
-# %% ../../nbs/training/02_optim.ipynb #5ce0e700
+# %% ../../nbs/training/02_optim.ipynb #b984d6b5
 def _step_if_finite(broken: Tensor, accelerator, optimizer):
     "Skip the optimiser step on non-finite gradients, without a host sync when fused."
     inner = getattr(optimizer, 'optimizer', optimizer)
@@ -206,7 +209,8 @@ class Critics:
         self.of = TokenizerCritics(r, networks).to(accelerator.device)
         self.weights, self.judge, self.optimizer = self.of.weights, None, None
         if self.of.adversary:
-            optimizer = torch.optim.AdamW(self.of.adversary.parameters(), r.gan_learning_rate, r.betas, weight_decay=r.weight_decay, fused=True)
+            optimizer = torch.optim.AdamW(self.of.adversary.parameters(), r.gan_learning_rate, r.betas,
+                                          weight_decay=r.weight_decay, fused=True)
             if state:
                 self.of.load_state_dict(state['weights'])
                 optimizer.load_state_dict(state['optimizer'])
@@ -227,9 +231,10 @@ class Critics:
 
     def state(self) -> dict:
         "State for a checkpoint."
-        return {'weights': self.of.state_dict(), 'optimizer': self.optimizer.state_dict()} if self.judge is not None else {}
+        return {'weights': self.of.state_dict(),
+                'optimizer': self.optimizer.state_dict()} if self.judge is not None else {}
 
-# %% ../../nbs/training/02_optim.ipynb #65502e69
+# %% ../../nbs/training/02_optim.ipynb #30033b18
 def _mean_losses(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     "Losses of the whole batch: means of numbers, all samples of the others."
     if len(parts) == 1:
@@ -254,7 +259,7 @@ def training_steps(
     rng: ShardedRng,
     start: int = 0,  # steps that are done already
     critics: Critics | None = None,  # of the tokenizer
-) -> Iterator[tuple[int, dict[str, Tensor]]]:  # step from 1, and its losses, detached, with 'loss'; 'broken' is 1 where gradients were not finite and no step was taken
+) -> Iterator[tuple[int, dict[str, Tensor]]]:  # step from 1, and its losses, with 'loss' and 'broken', 1 where no step was taken
     "Train to the recipe's last step."
     recipe, weights = stage.run.recipe, stage.weights | (critics.weights if critics else {})
     factor = partial(learning_rate_factor, recipe=recipe)

@@ -6,7 +6,7 @@
 __all__ = ['stage_classes', 'weights_file', 'Run', 'read_run', 'vocabulary_for', 'plan', 'check_perceptual', 'earlier_weights',
            'initial_weights', 'Stage', 'TokenizerStage', 'TextStage', 'FlowStage', 'BothStage']
 
-# %% ../../nbs/training/01_tasks.ipynb #2ce1171f
+# %% ../../nbs/training/01_tasks.ipynb #ce4f03ba
 import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..files import atomic_path
 from ..config import (
-    FlowTokConfig, Recipe, build, changed, check_integer, check_number, every_stage, from_json, guidance_scale_of, parse_changes, parse_json,
+    FlowTokConfig, Recipe, build, changed, check_integer, check_number, every_stage, from_json, guidance_scale_of,
+    parse_changes, parse_json,
     preset, presets, recipe, recipe_classes, stages)
 from ..flow.path import Rng
 from ..flow.solver import Sampling
@@ -29,7 +30,7 @@ from ..models.text import CaptionCache, TextAutoencoder, text_encoder
 from ..data.mixture import CaptionReader, ImageReader, TokenReader, common_words, find_sources
 from ..models.tokenizer import ImageTokenizer
 
-# %% ../../nbs/training/01_tasks.ipynb #748e01f9
+# %% ../../nbs/training/01_tasks.ipynb #823c68cd
 def weights_file(
     out: str | Path,  # folder of a training, or of a saved pipeline
     stage: str,  # whose weights
@@ -53,14 +54,19 @@ class Run:
     sample_every: int = 250  # steps between images
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # newest checkpoints that are kept
-    resume: str = 'auto'  # 'auto': go on from the newest checkpoint; 'changed': also where it is that of another run; 'never': from the start
+    # 'auto': go on from the newest checkpoint; 'changed': also where it is that of another run; 'never': from the
+    # start
+    resume: str = 'auto'
     workers: int = 0  # processes that read data, for each process that trains
     compile: bool = False  # torch.compile each block: minutes at the start, faster steps on a GPU
-    memory_budget: float = 1.  # with compile: share of the activations that is kept for the backward pass, in (0, 1]; the others are computed again
+    # with compile: share of the activations that is kept for the backward pass, in (0, 1]; the others are computed
+    # again
+    memory_budget: float = 1.
     tensorboard: bool = False  # also log for TensorBoard
 
     def __post_init__(self):
-        for name, least in (('seed', 0), ('log_every', 1), ('sample_every', 1), ('save_every', 1), ('keep', 1), ('workers', 0)):
+        for name, least in (('seed', 0), ('log_every', 1), ('sample_every', 1), ('save_every', 1), ('keep', 1),
+                            ('workers', 0)):
             check_integer(name, getattr(self, name), least)
         if self.resume not in ('auto', 'changed', 'never'):
             raise ValueError(f"resume must be auto, changed or never, got {self.resume!r}.")
@@ -80,7 +86,7 @@ class Run:
         "Where the token cache of this data lies."
         return Path(self.out) / 'tokens'
 
-# %% ../../nbs/training/01_tasks.ipynb #f10851f6
+# %% ../../nbs/training/01_tasks.ipynb #b51f04a4
 def read_run(
     text: str,  # what `to_json` wrote of a run
 ) -> Run:
@@ -88,7 +94,8 @@ def read_run(
     values = parse_json(text, 'The run')
     if isinstance(values, dict) and isinstance(values.get('recipe'), dict) and values.get('stage') in recipe_classes:
         known = {f.name for f in fields(recipe_classes[values['stage']])}
-        values['recipe'] = build(recipe_classes[values['stage']], {k: v for k, v in values['recipe'].items() if k in known}, 'The run, recipe,')
+        values['recipe'] = build(recipe_classes[values['stage']],
+                                 {k: v for k, v in values['recipe'].items() if k in known}, 'The run, recipe,')
     return build(Run, values, 'The run')
 
 
@@ -104,7 +111,7 @@ def vocabulary_for(
     embedded = presets['tiny'].text.vocabulary
     return embedded if set(words) <= set(embedded) else words
 
-# %% ../../nbs/training/01_tasks.ipynb #54397ea3
+# %% ../../nbs/training/01_tasks.ipynb #fba7fd4d
 def plan(
     stage: str,  # one of flowtok.config.every_stage
     scale: str = 'smoke',  # 'smoke', or one of flowtok.config.presets
@@ -115,9 +122,13 @@ def plan(
     steps: int = 0,  # 0 for the recipe's
     longer: float = 1.,  # how many times the recipe's steps of text to image, and its root those of the other stages
     batch_size: int = 0,  # 0 for the recipe's
-    changes: dict | str = '',  # values that differ from the recipe's, by name, or as flowtok.config.parse_changes; what this stage has not is left alone
-    anchored: bool | None = None,  # whether each image token starts from its own part of the image; None for the preset's choice
-    words: tuple = (),  # tiny: vocabulary of its text encoder, as from `vocabulary_for`; empty for those of the embedded scenes
+    # values that differ from the recipe's, by name, or as flowtok.config.parse_changes; what this stage has not is
+    # left alone
+    changes: dict | str = '',
+    # whether each image token starts from its own part of the image; None for the preset's choice
+    anchored: bool | None = None,
+    # tiny: vocabulary of its text encoder, as from `vocabulary_for`; empty for those of the embedded scenes
+    words: tuple = (),
     **watching,  # seed, clip, init, keep, workers, compile, memory_budget, tensorboard of Run
 ) -> Run:
     "Build the run of a stage."
@@ -131,22 +142,30 @@ def plan(
             raise FileNotFoundError(f"{option} names {given}, which is not there.")
     changes = parse_changes(changes) if isinstance(changes, str) else changes
     if changes.get('flow_map') and not (watching.get('init') and stage in ('text-to-image', 'both')):
-        raise ValueError("flow_map learns a trained flow from text to image in few steps: give stage text-to-image or both, and init, the folder of that flow.")
+        raise ValueError("flow_map learns a trained flow from text to image in few steps: give stage text-to-image "
+                         "or both, and init, the folder of that flow.")
     smoke = scale == 'smoke'
     config = preset('tiny' if smoke else scale)
-    config = replace(config, tokenizer=replace(config.tokenizer, anchored=config.tokenizer.anchored if anchored is None else anchored))
+    config = replace(config, tokenizer=replace(config.tokenizer,
+                                               anchored=config.tokenizer.anchored if anchored is None else anchored))
     if words and config.text.encoder == 'words':
-        config = replace(config, text=replace(config.text, vocabulary=tuple(words), vocab_size=len(words) + 2, rewrites=config.text.rewrites if tuple(words) == config.text.vocabulary else ()))
+        config = replace(config, text=replace(config.text, vocabulary=tuple(words), vocab_size=len(words) + 2,
+                                              rewrites=config.text.rewrites if tuple(words) == config.text.vocabulary
+                                              else ()))
     usual = changed(recipe(config.name, stage, phase), changes)
     flow, flow_map = 'text-to-image' if stage == 'both' else stage, getattr(usual, 'flow_map', '')
-    source = (usual if flow == 'text-to-image' else changed(recipe(config.name, 'text-to-image', phase), changes)).source_config
+    source = (usual if flow == 'text-to-image'
+              else changed(recipe(config.name, 'text-to-image', phase), changes)).source_config
     source_class(source.kind)                                                    # refuses an unknown one
     unguided = stage in every_stage[2:] and (usual.indicator_probability == 0 or flow_map)
-    config = replace(config, source=source, guided=tuple(name for name in stages[2:] if not (unguided and name == flow)))
+    config = replace(config, source=source,
+                     guided=tuple(name for name in stages[2:] if not (unguided and name == flow)))
     if stage == 'both':
-        config = replace(config, both=replace(config.flow, flow_map=bool(flow_map), directions=2 if usual.caption_share or usual.reverse_indicator else 1))
+        config = replace(config, both=replace(config.flow, flow_map=bool(flow_map),
+                                              directions=2 if usual.caption_share or usual.reverse_indicator else 1))
     elif flow_map:
-        config = replace(config, flow=replace(config.flow, flow_map=True), caption_flow=config.caption_flow or config.flow)
+        config = replace(config, flow=replace(config.flow, flow_map=True),
+                         caption_flow=config.caption_flow or config.flow)
     if flow_map:
         config = replace(config, sampling=replace(config.sampling, steps=4))
     factor = longer if flow == 'text-to-image' else longer**.5
@@ -156,7 +175,7 @@ def plan(
                sample_every=max(1, steps // 8) if config.name in ('tiny', 'small') else 5000,
                save_every=max(100, steps // 10) if config.name in ('tiny', 'small') else 1000, **watching)
 
-# %% ../../nbs/training/01_tasks.ipynb #50b7bea6
+# %% ../../nbs/training/01_tasks.ipynb #2aaea220
 def check_perceptual(
     run: Run,
     drawn: bool,  # whether the data are drawn scenes
@@ -167,18 +186,21 @@ def check_perceptual(
         return run, ''
     missing = ' '.join(locate_perceptual(r.perceptual_networks, download=r.require_perceptual and not drawn)[1])
     if missing and r.require_perceptual and not drawn:
-        raise FileNotFoundError(f"The tokenizer's perceptual losses need weights that are not here and could not be downloaded. {missing} "
-                                "Or train without these losses: -p changes require_perceptual=false (papermill), --recipe.require-perceptual False (flowtok train).")
+        raise FileNotFoundError(f"The tokenizer's perceptual losses need weights that are not here and could not be "
+                                f"downloaded. {missing} "
+                                "Or train without these losses: -p changes require_perceptual=false (papermill), "
+                                "--recipe.require-perceptual False (flowtok train).")
     return replace(run, recipe=replace(r, require_perceptual=False)) if missing else run, missing
 
-# %% ../../nbs/training/01_tasks.ipynb #581e8f5c
+# %% ../../nbs/training/01_tasks.ipynb #f056016d
 def earlier_weights(
     run: Run,
     stage: str,  # that had to come first
 ) -> Path:
     "Weights of an earlier stage, copied from `init` if necessary."
     file, there = weights_file(run.out, stage), weights_file(run.init, stage)
-    if run.init and there.exists() and not file.exists():                        # the folder is to be a pipeline in the end
+    # the folder is to be a pipeline in the end
+    if run.init and there.exists() and not file.exists():
         with atomic_path(file) as part:
             shutil.copyfile(there, part)
     return file
@@ -221,7 +243,8 @@ class Stage(nn.Module):
     @property
     def reader(self):
         "Reader of images and captions."
-        return ImageReader(self.run.config.tokenizer.image_size, augment=getattr(self.run.recipe, 'augment', False), words=self.words)
+        return ImageReader(self.run.config.tokenizer.image_size, augment=getattr(self.run.recipe, 'augment', False),
+                           words=self.words)
 
     def batch(self, arrays: Tensor, records: list) -> dict[str, Tensor]:
         "Batch of what the reader gave: here uint8 images (b, h, w, 3) and captions."
@@ -288,7 +311,7 @@ class TextStage(Stage):
         self.trained.projector.load_state_dict(flow.projector.state_dict())
         self.trained.projector.requires_grad_(False)
 
-# %% ../../nbs/training/01_tasks.ipynb #2728c24d
+# %% ../../nbs/training/01_tasks.ipynb #794b27a3
 class FlowStage(Stage):
     "Text to image, or image to text: the same flow with its ends swapped."
     kind = FlowTok
@@ -299,7 +322,8 @@ class FlowStage(Stage):
         self.tokenizer = self.earlier(ImageTokenizer(run.config), 'tokenizer')
         self.from_text, self.teacher = run.stage != 'image-to-text', None
         if self.from_text and run.recipe.source_config != run.config.source:
-            raise ValueError(f"The recipe's source, {run.recipe.source_config}, is not that of the config, {run.config.source}: "
+            raise ValueError(f"The recipe's source, {run.recipe.source_config}, is not that of the config, "
+                             f"{run.config.source}: "
                              "make both by flowtok.training.tasks.plan.")
         if not self.from_text:
             self.text = self.earlier(TextAutoencoder(run.config), 'text')
@@ -314,7 +338,7 @@ class FlowStage(Stage):
             part.requires_grad_(False)
 
     def start(self):
-        "As `Stage.start`; also from the flow of another stage. A flow map has the flow that it starts from as its teacher."
+        "As `Stage.start`; also from the flow of another stage. A flow map starts from its teacher."
         run, file = self.run, initial_weights(self.run)
         if file is None and run.recipe.flow_map:
             names = ' or '.join(dict.fromkeys((run.stage, 'text-to-image')))
@@ -326,7 +350,8 @@ class FlowStage(Stage):
             load_weights(self.trained, file, file.stem)
             return
         plain = replace(own.flow, flow_map=False, directions=own.flow.directions if same else 1)
-        flow = load_weights((self.kind if same else FlowTok)(replace(own, flow=plain)), file, file.stem).eval().requires_grad_(False)
+        flow = load_weights((self.kind if same else FlowTok)(replace(own, flow=plain)), file,
+                            file.stem).eval().requires_grad_(False)
         state, rows = flow.state_dict(), self.trained.dit.indicator.weight.detach()
         state['dit.indicator.weight'] = torch.cat([state['dit.indicator.weight'], rows[1 + plain.directions:]])
         self.trained.load_state_dict(state, strict=False)
@@ -347,7 +372,7 @@ class FlowStage(Stage):
         "Conditions of the velocity beside the indicator, by name: none."
         return {}
 
-    def image_tokens(self, moments: Tensor, rng: Rng = Rng()) -> Tensor:  # (b, k, 2 d) -> as the flow sees it, (b, k, d)
+    def image_tokens(self, moments: Tensor, rng: Rng = Rng()) -> Tensor:  # (b, k, 2 d) -> (b, k, d)
         "Sample of an image's tokens, with the recipe's share of noise."
         posterior = DiagonalGaussian.from_moments(moments, (-30., 20.))
         return self.tokenizer.to_flow(self.noisy(posterior, self.run.recipe.image_noise, rng))
@@ -361,7 +386,8 @@ class FlowStage(Stage):
         tokens, features, r = self.image_tokens(batch['moments'], rng), self.features(batch['ids']), self.run.recipe
         if r.flow_map:
             source = self.trained.source(features)
-            return flow_map_terms(self.trained, self.guided_teacher, source.sample(rng.like(source.mean)), tokens, r.flow_map, rng, self.cond(batch))
+            return flow_map_terms(self.trained, self.guided_teacher, source.sample(rng.like(source.mean)), tokens,
+                                  r.flow_map, rng, self.cond(batch))
         if self.from_text:
             return text_to_image_terms(self.trained, features, tokens, r, rng, self.cond(batch))
         with torch.no_grad():
@@ -372,13 +398,16 @@ class FlowStage(Stage):
         "Velocity of the teacher with the guidance that its sampler uses, at a time for each sample."
         config = self.trained.config
         usual = preset(config.name).sampling if config.name in presets else config.sampling
-        scale = Sampling(guidance_scale=usual.guidance, guidance_interval=usual.guidance_interval).scale(t) if usual.guidance != 1 else 1.
+        scale = Sampling(guidance_scale=usual.guidance,
+                         guidance_interval=usual.guidance_interval).scale(t) if usual.guidance != 1 else 1.
         return self.teacher.guided(x, t, scale, {'indicator': torch.zeros(len(x), dtype=torch.long, device=x.device)})
 
     @torch.no_grad()
     def samples(self, batch: dict[str, Tensor]) -> dict:
         "Images for captions, or captions for images."
-        settings, guidance = self.run.config.sampling, guidance_scale_of(self.run.config, self.run.stage if not self.from_text else 'text-to-image')
+        settings, guidance = self.run.config.sampling, guidance_scale_of(self.run.config,
+                                                                         self.run.stage if not self.from_text
+                                                                         else 'text-to-image')
         if not self.from_text:
             z = self.trained.generate(self.image_tokens(batch['moments']), Sampling(settings.caption_steps, guidance))
             return {'captions': self.text_encoder.decode_ids(self.text.decoder(z).argmax(-1))}
@@ -387,7 +416,7 @@ class FlowStage(Stage):
         z = self.trained.generate(x0, Sampling(settings.steps, guidance, settings.guidance_interval), self.cond(batch))
         return {'images': self.tokenizer.decode(self.tokenizer.from_flow(z))}
 
-# %% ../../nbs/training/01_tasks.ipynb #7a76191d
+# %% ../../nbs/training/01_tasks.ipynb #d79d79c0
 class BothStage(FlowStage):
     "One network for text to image and image to text."
     kind = TwoWayFlowTok
@@ -414,12 +443,14 @@ class BothStage(FlowStage):
         losses, r, moments, ids = super().forward(batch, rng), self.run.recipe, batch['moments'], batch['first_ids']
         if r.reverse_share:
             n = max(1, round(r.reverse_share * len(ids)))
-            losses |= reverse_terms(self.trained, self.features(ids[:n]), self.image_tokens(moments[:n], rng), ids[:n], rng, r.reverse_weight > 0)
+            losses |= reverse_terms(self.trained, self.features(ids[:n]), self.image_tokens(moments[:n], rng),
+                                    ids[:n], rng, r.reverse_weight > 0)
         if r.caption_share:
             n = max(1, round(r.caption_share * len(ids)))
             with torch.no_grad():
                 text_tokens = self.noisy(self.projector(self.features(ids[-n:])), r.text_noise, rng)
-            tokens, own = self.image_tokens(moments[-n:], rng), replace(r, time_sampling='mixture', indicator_probability=0.)
+            tokens, own = self.image_tokens(moments[-n:], rng), replace(r, time_sampling='mixture',
+                                                                        indicator_probability=0.)
             losses['caption flow'] = flow_terms(_SecondDirection(self.trained), tokens, text_tokens, own, rng)['flow']
         return losses
 
