@@ -85,7 +85,7 @@ _RecipeChanges = make_dataclass('RecipeChanges', [
     if name not in ('steps', 'batch_size', 'betas')])
 _RecipeChanges.__doc__ = "Values that differ from the recipe, for every stage that has them; see flowtok.config.Recipe."
 
-# %% ../nbs/cli.ipynb #b3f34d3b
+# %% ../nbs/cli.ipynb #27217645
 @dataclass
 class _Train:
     "Train the stages of a FlowTok, each unless its weights are there; a stopped run resumes."
@@ -103,6 +103,7 @@ class _Train:
     steps: int = 0  # 0: the recipe's
     longer: float = 1.  # factor of the recipe's steps of text to image; its square root for the other stages
     batch_size: int = 0  # over all processes; 0: the recipe's
+    length: int = 0  # tokens of captions and of images; 0: the preset's
     seed: int = 0  # of weights, order and noise
     keep: int = 2  # newest checkpoints to keep
     workers: int = 0  # data loading processes of each training process
@@ -131,6 +132,7 @@ class _Train:
             stage_names, data, draw = stages if self.stage == 'all' else (self.stage,), self.data, None
             changes = {name: value for name, value in asdict(self.recipe).items() if value is not None}
             changes = parse_changes(' '.join(f'{name}={value}' for name, value in changes.items()), *stage_names)
+            changes |= {'length': self.length} if self.length else {}
             if data == 'scenes':
                 from flowtok.toy.shapes import write_shards
                 data = str(Path(self.out) / 'scenes')

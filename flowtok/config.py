@@ -531,7 +531,7 @@ class BothRecipe(TextToImageRecipe):
 
 recipe_classes = dict(zip(every_stage, (TokenizerRecipe, TextRecipe, TextToImageRecipe, FlowRecipe, BothRecipe)))
 
-# %% ../nbs/config.ipynb #90cbb2ec
+# %% ../nbs/config.ipynb #fab7890c
 _critics = dict(perceptual_weight=1.1, convnext_share=0.1, gan_weight=0.1, gan_start=200_000, gan_learning_rate=1e-4,
                 lecam_weight=1e-3)
 paper_recipes = {
@@ -586,8 +586,8 @@ def recipe(
 
 
 def parse_changes(text: str, *wanted: str) -> dict:  # name -> value of the field's type
-    "Parse 'name=value' pairs; ValueError where none of the wanted stages has such a field."
-    types = {f.name: f.type for stage in wanted or every_stage for f in fields(recipe_classes[stage])
+    "Parse 'name=value' pairs, `length` or fields of recipes; ValueError where none of the wanted stages has one."
+    types = {'length': int} | {f.name: f.type for stage in wanted or every_stage for f in fields(recipe_classes[stage])
              if f.name != 'betas'}
     changes = {}
     for change in text.replace(',', ' ').split():

@@ -11,7 +11,7 @@ from textwrap import dedent
 root = Path(__file__).resolve().parents[1]
 PARTS = {
     'Start': ['one_page', 'quickstart', 'playground', 'train'], 'The flow': ['flow/*'], 'Models': ['config', 'models/*'], 'Losses': ['losses/*'], 'Data': ['data/*'], 'Training': ['training/*'],
-    'Use': ['pipeline', 'pretrained', 'demo', 'cli'], 'Evaluation': ['evaluation/*'], 'Speed': ['speed/*'], 'Experiments': ['experiments/*'],
+    'Use': ['pipeline', 'pretrained', 'how_to_extend', 'demo', 'cli'], 'Evaluation': ['evaluation/*'], 'Drawn scenes and emoji': ['toy/*'], 'Experiments': ['experiments/*'], 'Behind experiments': ['lab/*'],
     'Behind it': ['api', 'files', 'promises', 'log']}
 
 

@@ -33,7 +33,7 @@ def test_every_public_name_is_on_a_page_with_its_docments():
         if callable(place):
             page = pages['api/' + place.__module__.removeprefix('flowtok.')]
             assert f'`{name}`' in page, name
-    assert '    num_inference_steps: int = 20,  # at least 1' in pages['api/flow.solver'] and '`FlowTokPipeline.caption`' in pages['api/pipeline']
+    assert '    num_inference_steps: int = 20  # at least 1' in pages['api/flow.solver'] and '`FlowTokPipeline.caption`' in pages['api/pipeline']
     assert '    depth: int = 12  # blocks' in pages['api/config']
 
 

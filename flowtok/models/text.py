@@ -101,8 +101,20 @@ def _word_ids(caption: str, known: dict[str, int], rules: tuple[str, ...] = ()) 
         raise ValueError(f"The word {unknown[0]!r} is unknown. {hint}")
     return [known[word] for word in words]
 
-# %% ../../nbs/models/03_text.ipynb #913edbc5
-class WordTextEncoder(nn.Module):
+# %% ../../nbs/models/03_text.ipynb #0a70ee69
+class _TextEncoder(nn.Module):
+    "Frozen text encoder: captions to ids, ids to features."
+
+    def tokenize(self, texts: list[str] | str) -> Tensor:  # ids, 0 pads, (b, n) long
+        "Token ids; longer texts are cut and keep their end."
+        return _pad_ids(self.rows(_checked_captions(texts)), self.config.length)
+
+    def cut_share(self, texts: list[str]) -> float:  # in [0, 1]
+        "Share of texts that have more tokens than the model takes."
+        return sum(len(row) > self.config.length for row in self.rows(texts)) / len(texts)
+
+
+class WordTextEncoder(_TextEncoder):
     "Frozen text encoder with fixed random weights and a word vocabulary."
 
     def __init__(self, config: TextConfig):  # with a vocabulary; width a multiple of 4
@@ -116,10 +128,9 @@ class WordTextEncoder(nn.Module):
             self.block, self.norm = Block(config.width, 4), nn.LayerNorm(config.width)
         self.requires_grad_(False)
 
-    def tokenize(self, texts: list[str]) -> Tensor:  # ids, (b, n) long
-        "Token ids: 0 pads, 1 ends, then the vocabulary."
-        return _pad_ids([[*_word_ids(text, self.known, self.config.rewrites), 1]
-                         for text in _checked_captions(texts)], self.config.length)
+    def rows(self, texts: list[str]) -> list[list[int]]:
+        "Token ids of each text: its words, then 1, the end."
+        return [[*_word_ids(text, self.known, self.config.rewrites), 1] for text in texts]
 
     def decode_ids(self, ids: Tensor) -> list[str]:  # ids (b, n)
         "Captions of ids: the words before the first end id."
@@ -214,8 +225,8 @@ def _clip_tower(config: TextConfig) -> nn.Module:  # transformers' CLIPTextModel
             num_hidden_layers=sizes['layers'],
             num_attention_heads=sizes['heads'], max_position_embeddings=config.length, hidden_act=config.activation))
 
-# %% ../../nbs/models/03_text.ipynb #e4722f1f
-class ClipTextEncoder(nn.Module):
+# %% ../../nbs/models/03_text.ipynb #d9b7e0d3
+class ClipTextEncoder(_TextEncoder):
     "Frozen text encoder of CLIP ViT-L-14-336: features after the last norm, at every position."
 
     def __init__(
@@ -231,10 +242,9 @@ class ClipTextEncoder(nn.Module):
             _load_clip(self.tower, pretrained)
         self.requires_grad_(False)
 
-    def tokenize(self, texts: list[str]) -> Tensor:  # ids, (b, n) long
-        "Token ids: start, byte pairs, end; 0 pads."
-        rows = [[self.start, *self.bpe.encode(text), self.end] for text in _checked_captions(texts)]
-        return _pad_ids(rows, self.config.length)
+    def rows(self, texts: list[str]) -> list[list[int]]:
+        "Token ids of each text: start, byte pairs, end."
+        return [[self.start, *self.bpe.encode(text), self.end] for text in texts]
 
     def decode_ids(self, ids: Tensor) -> list[str]:  # ids (b, n)
         "Captions of ids: the text between start and first end id."
@@ -273,8 +283,8 @@ def _quiet_transformers():
         if enabled:
             logging.enable_progress_bar()
 
-# %% ../../nbs/models/03_text.ipynb #8b07dd75
-class TransformersTextEncoder(nn.Module):
+# %% ../../nbs/models/03_text.ipynb #83531d8b
+class TransformersTextEncoder(_TextEncoder):
     "Frozen text model of transformers: its last hidden states, or those `skip_depth` layers before."
 
     def __init__(
@@ -304,6 +314,9 @@ class TransformersTextEncoder(nn.Module):
         sizes, own = (self.model.config.hidden_size, len(self.words)), (config.width, config.vocab_size)
         if sizes != own or self.end is None:
             raise ValueError(f"The text model {str(name)!r} has width and vocabulary {sizes}, not {own}, the config's.")
+        most = getattr(self.model.config, 'max_position_embeddings', config.length)
+        if config.length > most:
+            raise ValueError(f"length must be at most {most} for the text model {str(name)!r}, got {config.length}.")
         if config.skip_depth > (layers := self.model.config.num_hidden_layers):
             raise ValueError(f"skip_depth must be at most {layers}, the layers of the text model {str(name)!r}, got "
                              f"{config.skip_depth}.")
@@ -314,14 +327,13 @@ class TransformersTextEncoder(nn.Module):
         "Stays in eval mode."
         return super().train(False)
 
-    def tokenize(self, texts: list[str]) -> Tensor:  # ids, (b, n) long
-        "Token ids of the model's tokenizer, its own start and end included; 0 pads."
-        texts = _checked_captions(texts)
+    def rows(self, texts: list[str]) -> list[list[int]]:
+        "Token ids of each text, start and end of the model's tokenizer included."
         rows = self.words(texts, add_special_tokens=False)['input_ids']
         for text, row in zip(texts, rows):
             if not row:
                 raise ValueError(f"The prompt {text!r} holds no words.")
-        return _pad_ids([[*self.start, *row, self.end] for row in rows], self.config.length)
+        return [[*self.start, *row, self.end] for row in rows]
 
     def decode_ids(self, ids: Tensor) -> list[str]:  # ids (b, n)
         "Captions of ids: the words before the first end id."

@@ -111,7 +111,7 @@ def vocabulary_for(
     embedded = presets['tiny'].text.vocabulary
     return embedded if set(words) <= set(embedded) else words
 
-# %% ../../nbs/training/01_tasks.ipynb #fba7fd4d
+# %% ../../nbs/training/01_tasks.ipynb #ec7a0290
 def plan(
     stage: str,  # one of flowtok.config.every_stage
     scale: str = 'smoke',  # 'smoke', or one of flowtok.config.presets
@@ -123,7 +123,7 @@ def plan(
     longer: float = 1.,  # how many times the recipe's steps of text to image, and its root those of the other stages
     batch_size: int = 0,  # 0 for the recipe's
     # values that differ from the recipe's, by name, or as flowtok.config.parse_changes; what this stage has not is
-    # left alone
+    # left alone. `length`: tokens of captions, and of images, since both ends of the flow have the same
     changes: dict | str = '',
     # whether each image token starts from its own part of the image; None for the preset's choice
     anchored: bool | None = None,
@@ -146,8 +146,12 @@ def plan(
                          "or both, and init, the folder of that flow.")
     smoke = scale == 'smoke'
     config = preset('tiny' if smoke else scale)
-    config = replace(config, tokenizer=replace(config.tokenizer,
-                                               anchored=config.tokenizer.anchored if anchored is None else anchored))
+    length = check_integer('length', changes.get('length', config.text.length), 3)
+    if length != config.text.length and config.text.encoder == 'clip':
+        raise ValueError(f"length must be {config.text.length} for CLIP's text encoder, got {length}.")
+    config = replace(config, text=replace(config.text, length=length),
+                     tokenizer=replace(config.tokenizer, num_tokens=length,
+                                       anchored=config.tokenizer.anchored if anchored is None else anchored))
     if words and config.text.encoder == 'words':
         config = replace(config, text=replace(config.text, vocabulary=tuple(words), vocab_size=len(words) + 2,
                                               rewrites=config.text.rewrites if tuple(words) == config.text.vocabulary

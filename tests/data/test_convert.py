@@ -280,7 +280,7 @@ def test_the_number_of_processes_changes_no_byte(here):
     assert contents(here / 'a') == contents(here / 'b')
 
 
-@pytest.mark.parametrize('where', ['write_atomically', 'make_sample'])
+@pytest.mark.parametrize('where', ['write_atomically', '_make_sample'])
 def test_a_stopped_conversion_goes_on(here, monkeypatch, where):
     words = ['coco', 'coco.json', 'coco', 'a', '--split', 'val2014', '--samples-per-shard', '2']
     original, calls = getattr(shards, where), []
