@@ -196,7 +196,7 @@ def check_perceptual(
                                 "--recipe.require-perceptual False (flowtok train).")
     return replace(run, recipe=replace(r, require_perceptual=False)) if missing else run, missing
 
-# %% ../../nbs/training/01_tasks.ipynb #f056016d
+# %% ../../nbs/training/01_tasks.ipynb #4044fee2
 def earlier_weights(
     run: Run,
     stage: str,  # that had to come first
@@ -205,6 +205,7 @@ def earlier_weights(
     file, there = weights_file(run.out, stage), weights_file(run.init, stage)
     # the folder is to be a pipeline in the end
     if run.init and there.exists() and not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(file) as part:
             shutil.copyfile(there, part)
     return file
