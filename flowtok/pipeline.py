@@ -427,7 +427,7 @@ def __call__(
         guidance_interval=guidance_interval, solver=solver, times=times))
     return torch.cat(batches) if isinstance(batches[0], Tensor) else [image for batch in batches for image in batch]
 
-# %% ../nbs/pipeline.ipynb #5ad6b85e
+# %% ../nbs/pipeline.ipynb #41a1104c
 def _check_pixels(pixels: np.ndarray | Tensor):
     "Raise ValueError unless pixels are floats in [0, 1], but for rounding."
     pixels = torch.as_tensor(pixels)
@@ -454,7 +454,8 @@ def _read_image(image, size: int) -> np.ndarray:  # (size, size, 3) uint8
             check_size(image, size=size)
             return fit_image(upright(image), size)
         except Skip as reason:
-            raise ValueError(f"The image of {image.size[0]} x {image.size[1]} pixels is not usable: {reason}.") from None
+            raise ValueError(f"The image of {image.size[0]} x {image.size[1]} pixels is not usable: "
+                             f"{reason}.") from None
     if str(image).startswith(('http://', 'https://')):
         from urllib.request import urlopen
         with urlopen(str(image), timeout=30) as response:

@@ -106,7 +106,7 @@ def find_extractors(
     return {resize: Extractor('Inception-v3', resize, False, 299, partial(_inception_features, network))
             for resize in RESIZES}
 
-# %% ../../nbs/evaluation/02_features.ipynb #f0d50116
+# %% ../../nbs/evaluation/02_features.ipynb #40f8c52a
 _MOST_ROWS = 5000  # reference images whose features are kept
 _INTERVALS = {True: 'generated and reference images drawn', False: 'generated images alone drawn'}
 
@@ -145,7 +145,8 @@ def _read_reference(file: Path) -> Reference:
         if reference.n < 2 or reference.rows is not None and not np.isfinite(reference.rows).all():
             raise ValueError("too few images, or features that are not finite.")
     except (ValueError, KeyError, OSError, EOFError, BadZipFile) as error:
-        raise ValueError(f"{file} holds no statistics of reference images ({error}): delete it to make it anew.") from None
+        raise ValueError(f"{file} holds no statistics of reference images ({error}): delete it to make it "
+                         f"anew.") from None
     return reference
 
 

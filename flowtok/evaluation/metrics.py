@@ -218,12 +218,12 @@ def _score_captions(
     each = 100 * np.array([one['All']['f'] if name == 'SPICE' else one for one in each], float)
     return 100 * float(score), _draws_interval(lambda rows: each[rows].mean(), len(each))
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #c70bfdb0
+# %% ../../nbs/evaluation/01_metrics.ipynb #00c1688b
 def caption_scores(
     candidates: list[str],  # one generated caption an image
     references: list[list[str]],  # the references of each image, usually five
     names: tuple[str, ...] = SCORES,  # or of _BLEU_ORDERS; METEOR takes some ten seconds to start
-) -> dict:  # score -> percent or None; 'intervals', 'tokenizer' ('ptb', 'plain' or None), 'not_available': score -> reason
+) -> dict:  # score -> percent or None; 'intervals', 'tokenizer' (ptb, plain, None), 'not_available': score -> reason
     "Caption scores in percent; None where this machine lacks the program."
     if not set(names) <= {*SCORES, *_BLEU_ORDERS}:
         raise ValueError(f"names = {names} holds an unknown caption score: the scores are "

@@ -346,7 +346,7 @@ def _figure_2(records: dict[str, RunRecord]) -> list[dict]:
     "Text as a source and as a condition, measured."
     return _summary_rows(records, 'text_as_source')[0] or [{'variant': 'all', 'conditions': _NOT_MEASURED}]
 
-# %% ../../nbs/lab/04_tables.ipynb #668ba724
+# %% ../../nbs/lab/04_tables.ipynb #81bbea86
 _CONTENTS = (  # name, what it is about, notebook, files
     ('table 1', 'sizes of the models', '', ('table_1',)),
     ('table 2', 'images from captions', 'benchmark_coco benchmark_mjhq benchmark_speed train', ('table_2',)),
@@ -380,7 +380,8 @@ def _contents_row(
     return {'of the paper': f'{name}, {about}', 'here': ', '.join(links) or _NOT_MEASURED,
             'records': '<br>'.join(f'[{run.label()}]({where})' for where, run in runs.items())
                        or (_NOT_MEASURED if notebooks else 'from the presets'),
-            'notebooks': ', '.join(f"[{name}](../nbs/{'' if name == 'train' else 'experiments/'}{name}.ipynb)" for name in notebooks.split()),
+            'notebooks': ', '.join(f"[{name}](../nbs/{'' if name == 'train' else 'experiments/'}{name}.ipynb)"
+                                   for name in notebooks.split()),
             "the paper's values from": SOURCES.get(name, SOURCES['table 2'] if name == 'figure 3' else '')}
 
 

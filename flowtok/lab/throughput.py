@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Comparison', 'make_pipeline', 'some_prompts', 'run_benchmark', 'speed_record', 'benchmark']
 
-# %% ../../nbs/lab/08_throughput.ipynb #a6b384f8
+# %% ../../nbs/lab/08_throughput.ipynb #edd5a94f
 import copy
 import gc
 import math
@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import FlowTokConfig, preset, recipe, stages
-from .roofline import (
-    evaluations, floor, image_operations, measure_ceilings, peak_memory, seconds, stage_costs, time_interleaved, training_operations)
+from flowtok.lab.roofline import (
+    evaluations, floor, image_operations, measure_ceilings, peak_memory, seconds, stage_costs, time_interleaved,
+    training_operations)
 from ..models.fast import align_swiglu, cache_modulation, fuse_gelu
 from ..models.flowtok import FlowTok
 from ..pipeline import PRECISIONS, FlowTokPipeline

@@ -93,7 +93,7 @@ def flow_terms(
     flow = flow_matching_loss(model.velocity, x0, x1, t, cond | {'indicator': indicator})
     return {'flow': flow, 't': t, 'indicator': indicator, 'source_std': source_std}
 
-# %% ../../nbs/losses/01_objective.ipynb #0095b809
+# %% ../../nbs/losses/01_objective.ipynb #1db3eadc
 def text_to_image_terms(
     model,  # with velocity, source, alignment_target and temperature
     text_features: Tensor,  # of the frozen text encoder, (b, n, c)
@@ -101,7 +101,7 @@ def text_to_image_terms(
     recipe: TextToImageRecipe,
     rng: Rng = Rng(),
     cond: dict[str, Tensor] = {},  # as `flow_terms`
-) -> dict[str, Tensor]:  # as `flow_terms`; kl, direction, align () where they have weights; source_snr, _share, _cosine ()
+) -> dict[str, Tensor]:  # as `flow_terms`; kl, direction, align () if weighted; source_snr, _share, _cosine ()
     "Losses of text to image."
     source, weights = model.source(text_features), recipe.weights
     x0 = source.sample(rng.like(source.mean))                                    # (b, n, d)

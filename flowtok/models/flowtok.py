@@ -168,7 +168,7 @@ class FlowTok(nn.Module):
         "Target of the alignment loss."
         return self.alignment(text_features)
 
-# %% ../../nbs/models/04_flowtok.ipynb #247e29a8
+# %% ../../nbs/models/04_flowtok.ipynb #a6abb39c
 class TwoWayFlowTok(FlowTok):
     "FlowTok that also captions: its flow is followed backwards, and a text decoder reads the end."
 
@@ -182,7 +182,7 @@ class TwoWayFlowTok(FlowTok):
         return {'indicator': torch.tensor([2 if self.config.flow.directions == 2 else 0])}
 
     def image_to_text_velocity(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        "Velocity from image tokens at t = 0 to text tokens at t = 1: dx/dt changes its sign with the direction of time."
+        "Velocity from image tokens at t = 0 to text tokens at t = 1: its sign changes with the direction of time."
         return -self.velocity(x, 1 - t, cond | {'indicator': cond['indicator'] + 2})
 
 # %% ../../nbs/models/04_flowtok.ipynb #beaebccb

