@@ -160,6 +160,30 @@ def test_a_stopped_run_saves_at_once_and_goes_on(how, shards, tmp_path):
     assert sorted(set(steps)) == [1, 2, 3, 4, 5] and run.weights.exists() and not checkpoints(run)
 
 
+def test_a_checkpoint_of_the_version_before_goes_on_to_the_same_weights(shards, tmp_path):
+    "Average and optimisers by position, a recipe with the values of all stages, a config without rewrites."
+    whole, parts = (short('text', shards, tmp_path / name, steps=5) for name in ('whole', 'parts'))
+    train(whole)
+    with pytest.raises(Stopped):
+        train(parts, end_at(3, signal.SIGTERM))
+    state, older, module = newest_state(parts), [], dict(TextAutoencoder(preset('tiny')).named_parameters())
+    for optimizer, learner in zip(state['optimizers'], make_optimizers(TextAutoencoder(preset('tiny')), parts.recipe)):
+        plain = learner.state_dict()
+        shapes = [p.shape for group in learner.param_groups for p in group['params']]
+        order = list(optimizer['state'])
+        assert [module[name].shape for name in order] == shapes                  # by position: the same parameters
+        older.append({'state': {i: optimizer['state'][name] for i, name in enumerate(order)},
+                      'param_groups': [values | {'params': group['params']} for values, group in zip(optimizer['groups'], plain['param_groups'])]})
+    identity = state['identity'] | {'recipe.gan_weight': 0., 'recipe.time_sampling': 'logit_normal'}
+    identity = {name: value for name, value in identity.items() if name != 'config.text.rewrites'}
+    _save_state(checkpoints(parts)[-1], **state | {'mean': list(state['mean'].values()), 'optimizers': older, 'identity': identity})
+    train(parts)
+    assert whole.weights.read_bytes() == parts.weights.read_bytes()
+    old_run = json.loads(to_json(parts))
+    old_run['recipe'] |= {'gan_weight': 0., 'time_sampling': 'logit_normal'}
+    assert read_run(json.dumps(old_run)) == parts
+
+
 def test_stages_go_on_to_the_same_weights(shards, tmp_path):
     for stage in stages:
         whole, parts = (short(stage, shards, tmp_path / name, steps=5) for name in ('whole', 'parts'))
