@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NoSamples', 'describe_counts', 'load', 'share_of_worker', 'LoaderIterator', 'open_batches']
 
-# %% ../../nbs/data/03_loader.ipynb #31398bb2
+# %% ../../nbs/data/03_loader.ipynb #1ad93393
 import os
 import signal
 import threading
@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .images import find_shards, read_shard
-from .mixture import Source, use_sample
+from .mixture import DataSource, use_sample
 
 # %% ../../nbs/data/03_loader.ipynb #18b42b20
 def _random_at(*key: int) -> np.random.Generator:
@@ -48,7 +48,7 @@ def _shuffle_buffer(samples: Iterator, size: int, rng: np.random.Generator) -> I
     rng.shuffle(buffer)
     yield from buffer
 
-# %% ../../nbs/data/03_loader.ipynb #bea1199b
+# %% ../../nbs/data/03_loader.ipynb #96fa6f0e
 _PATIENCE = 100_000  # samples dropped in a row before a source is given up
 
 
@@ -66,7 +66,7 @@ def describe_counts(
 @dataclass(frozen=True)
 class _Plan:
     "Everything the order of samples depends on."
-    sources: list[Source]
+    sources: list[DataSource]
     shards: list[list[str]]  # of each source
     read: Callable  # the reader: (sample, source, rng) -> row
     streams: int  # S
@@ -213,9 +213,9 @@ class LoaderIterator:
         "Counts of kept, dropped and repaired samples, over all sessions."
         return sum((Counter(stream['counts']) for stream in self.position.values()), Counter())
 
-# %% ../../nbs/data/03_loader.ipynb #cbacea8f
+# %% ../../nbs/data/03_loader.ipynb #b3b7b748
 def open_batches(
-    sources: list[Source],  # from `find_sources`
+    sources: list[DataSource],  # from `find_sources`
     read: Callable,  # a reader: (sample, source, rng) -> (array, text), or Skip
     batch_size: int,  # over all processes
     *,

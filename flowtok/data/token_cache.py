@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_token_cache', 'holds_tokens', 'check_cache']
 
-# %% ../../nbs/data/04_token_cache.ipynb #0b181eca
+# %% ../../nbs/data/04_token_cache.ipynb #ff5142dc
 import hashlib
 import json
 import os
@@ -19,16 +19,16 @@ from torch.utils.data import IterableDataset
 
 from ..files import write_atomically
 from .images import captions_of, decode_image, metadata_of, find_shards, image_bytes, read_shard
-from .mixture import Source, describe_sources, use_sample
+from .mixture import DataSource, describe_sources, use_sample
 from .loader import NoSamples, describe_counts, load, share_of_worker
 
-# %% ../../nbs/data/04_token_cache.ipynb #e36733f2
+# %% ../../nbs/data/04_token_cache.ipynb #4ad06433
 @dataclass(frozen=True)
 class _CacheReader:
     "Reader of images and the metadata to keep with their tokens."
     size: int  # height and width, pixels
 
-    def __call__(self, sample: dict, source: Source, rng=None) -> tuple[np.ndarray, dict]:
+    def __call__(self, sample: dict, source: DataSource, rng=None) -> tuple[np.ndarray, dict]:
         captions, repairs = captions_of(sample, source.caption_key), sample.setdefault('__repairs__', set())
         facts = {key: value for key, value in metadata_of(sample).items() if key != 'exif'} | {'captions': captions}
         row = {'__key__': sample['__key__'], 'txt': captions[0].encode(), 'json': json.dumps(facts).encode()}
@@ -79,8 +79,8 @@ def _encode_shards(parts: Iterator, encode: Callable, folder: Path) -> Iterator[
             write_atomically(folder / 'counts' / f'{name}.json', json.dumps(counts, indent=1))
             del begun[name]
 
-# %% ../../nbs/data/04_token_cache.ipynb #f55cc6e4
-def _describe_cache(sources: list[Source], size: int, tokenizer: str) -> dict:
+# %% ../../nbs/data/04_token_cache.ipynb #7e0e4442
+def _describe_cache(sources: list[DataSource], size: int, tokenizer: str) -> dict:
     "Description of a token cache."
     described = describe_sources(sources, free=('weight', 'recaption_probability'))
     entries = [{'shards': f'{i:02d}-*.tar'}
@@ -105,9 +105,9 @@ def _claim_cache(folder: Path, about: dict) -> bool:  # whether it is finished; 
                          json.dumps(held | {'sources': about['sources']}, indent=1))
     return finished
 
-# %% ../../nbs/data/04_token_cache.ipynb #86516900
+# %% ../../nbs/data/04_token_cache.ipynb #bf4dbd41
 def write_token_cache(
-    sources: list[Source],  # from `find_sources`
+    sources: list[DataSource],  # from `find_sources`
     encode: Callable,  # pixels (b, h, w, 3) uint8 -> moments (b, k, 2 d), mean then log-variance
     folder: str | Path,  # where to write; what is finished there is left as it is
     size: int,  # of the images, pixels
@@ -135,9 +135,9 @@ def write_token_cache(
         raise OSError(f"The token cache {folder} cannot be written: {error.strerror or error}.") from None
     return folder
 
-# %% ../../nbs/data/04_token_cache.ipynb #9a279ff6
+# %% ../../nbs/data/04_token_cache.ipynb #7895daa4
 def holds_tokens(
-    sources: list[Source],  # from `find_sources`
+    sources: list[DataSource],  # from `find_sources`
 ) -> bool:
     "Whether the data are tokens already."
     shards = (shard for source in sources for shard in find_shards(source.shards))

@@ -20,7 +20,7 @@ from made import image, saved, write
 import flowtok.data.images as images
 import flowtok.data.loader as streams
 from flowtok.data.images import _MAX_CAPTION, Skip, captions_of, find_shards, read_samples, read_shard
-from flowtok.data.mixture import (ImageReader, Source, TokenReader, _check_filters, _choose_caption, find_sources, paper_sources,
+from flowtok.data.mixture import (ImageReader, DataSource, TokenReader, _check_filters, _choose_caption, find_sources, paper_sources,
                              use_sample)
 from flowtok.data.loader import NoSamples, _shuffle_buffer, open_batches, _part_of_pass
 
@@ -33,10 +33,10 @@ def test_list_of_sources(folder, tmp_path):
                                 {'shards': 'https://example.org/{0..3}.tar', 'caption_key': 'title'}]))
     first, second = find_sources(file)
     assert first == replace(paper_sources['laion-art'], shards=str(folder), max_aspect=3, weight=2)
-    assert second == Source('https://example.org/{0..3}.tar', caption_key='title')
+    assert second == DataSource('https://example.org/{0..3}.tar', caption_key='title')
     write(tmp_path / 'beside' / '0.tar', [{'txt': b'a'}])
     file.write_text('[{"shards": "beside"}]')
-    assert find_sources(file) == [Source(str(tmp_path / 'beside'))]
+    assert find_sources(file) == [DataSource(str(tmp_path / 'beside'))]
 
 
 @pytest.mark.parametrize('text, error, named', [
@@ -75,17 +75,17 @@ def test_filters_are_those_of_table_5():
         assert passes(strict, good | {key: value}) == reason
     assert passes(strict, good | dict(original_width=255, original_height=200)) == 'resolution'
     assert passes(strict, good | dict(original_width=100, original_height=256)) == 'aspect ratio'
-    sized = Source('', max_aspect=2., min_side=256)
+    sized = DataSource('', max_aspect=2., min_side=256)
     assert passes(sized, dict(width=300, height=299)) is None                    # where the original size is not told
     assert passes(sized, {}) == 'size unknown' and passes(sized, {}, png=image(300, 299)) is None
     assert passes(sized, {}, png=image(16, 16)) == 'resolution'
-    assert passes(Source(''), {}) is None
+    assert passes(DataSource(''), {}) is None
 
 
 # samples ---------------------------------------------------------------------------------------------------
 
 def test_recaptions_come_as_often_as_they_should():
-    source = Source('', recaption_key='recap_txt', recaption_probability=.9)
+    source = DataSource('', recaption_key='recap_txt', recaption_probability=.9)
     sample = {'txt': b'alt', 'recap_txt': b'The image displays two cats.', 'json': b'{"told": "The image of a cat"}'}
     said = Counter(_choose_caption(dict(sample), source, np.random.default_rng(i)) for i in range(1000))
     assert set(said) == {'Two cats.', 'alt'} and 870 < said['Two cats.'] < 930
@@ -96,7 +96,7 @@ def test_recaptions_come_as_often_as_they_should():
 
 def test_one_of_many_captions_or_the_first():
     sample = {'json': json.dumps({'captions': ['a', 'b', 'c']}).encode()}
-    draw = lambda first: {_choose_caption(sample, Source(''), np.random.default_rng(i), first) for i in range(30)}
+    draw = lambda first: {_choose_caption(sample, DataSource(''), np.random.default_rng(i), first) for i in range(30)}
     assert draw(True) == {'a'} and draw(False) == {'a', 'b', 'c'}
 
 
@@ -138,7 +138,7 @@ def test_every_fault_is_counted_under_its_reason(reason, tmp_path):
     changed = [{'txt': b'a caption', **files} for files in faults[reason]]
     shard = write(tmp_path / '0.tar', [{k: v for k, v in sample.items() if v is not None} for sample in changed])
     counts, rng, size = Counter(), np.random.default_rng(0), 16 if reason.startswith('repaired') else 256
-    rows = [use_sample(sample, Source(''), ImageReader(size), rng, counts) for sample in read_samples([shard], counts)]
+    rows = [use_sample(sample, DataSource(''), ImageReader(size), rng, counts) for sample in read_samples([shard], counts)]
     wanted = {reason: len(changed)} | ({'kept': len(changed)} if reason.startswith('repaired') else {})
     if reason != 'repaired: first image of several':                           # a gif is in P, too
         assert counts == wanted
@@ -149,8 +149,8 @@ def test_every_fault_is_counted_under_its_reason(reason, tmp_path):
 def test_missing_json_is_fine_and_the_limit_is_an_argument(tmp_path):
     counts, rng = Counter(), np.random.default_rng(0)
     sample = {'png': ok, 'txt': b'a'}
-    assert use_sample(dict(sample), Source(''), ImageReader(8), rng, counts) and counts == {'kept': 1}
-    assert use_sample(dict(sample), Source(''), ImageReader(8, max_pixels=1000), rng, counts) is None
+    assert use_sample(dict(sample), DataSource(''), ImageReader(8), rng, counts) and counts == {'kept': 1}
+    assert use_sample(dict(sample), DataSource(''), ImageReader(8, max_pixels=1000), rng, counts) is None
     assert counts == {'kept': 1, 'dropped: image too large': 1}
 
 
@@ -160,7 +160,7 @@ def test_released_layout_and_broken_tokens(tmp_path):
     broken = b'', b'abc', tokens.tobytes()[:64 * 5], (tokens + np.inf).tobytes()
     files += [{'token.npy': bad, 'txt': b'a'} for bad in broken]
     write(tmp_path / '0.tar', files + [{'txt': b'a'}])
-    source, counts = Source(str(tmp_path), recaption_key='recap_txt', recaption_probability=1.), Counter()
+    source, counts = DataSource(str(tmp_path), recaption_key='recap_txt', recaption_probability=1.), Counter()
     rows = [use_sample(sample, source, TokenReader(16, num_tokens=77), np.random.default_rng(0), counts)
             for sample in read_samples(find_shards(tmp_path))]
     assert counts == {'kept': 1, 'dropped: broken tokens': 4, 'dropped: no tokens': 1}
@@ -212,7 +212,7 @@ def two_sources(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp('other')
     write(other / '0.tar', [{'png': image(seed=i)} | ({'txt': b'other'} if i % 3 else {}) for i in range(9)])
     (other / '1.tar').write_bytes(b'')
-    return [Source(str(folder), weight=3.), Source(str(other))]
+    return [DataSource(str(folder), weight=3.), DataSource(str(other))]
 
 
 @pytest.mark.parametrize('world_size, workers', [(1, 2), (2, 0), (2, 2), (4, 3)])
@@ -238,7 +238,7 @@ def test_resumed_batches_go_on_bit_by_bit(two_sources, n, world_size, workers):
 
 def test_images_crops_and_flips_are_resumed_too(tmp_path):
     write(tmp_path / '0.tar', [{'png': image(20, 30, i), 'txt': b'a'} for i in range(8)])
-    sources, read = [Source(str(tmp_path))], ImageReader(16, augment=True)
+    sources, read = [DataSource(str(tmp_path))], ImageReader(16, augment=True)
     run = open_batches(sources, read, 4)
     take(run, 3)
     position = run.position                                                      # must not move on with the run
@@ -252,10 +252,10 @@ def test_resuming_reads_one_shard_a_stream_and_decodes_nothing_twice(folder, mon
     follow = lambda shard, *how: (opened.append(shard), read_shard(shard, *how))[1]
     monkeypatch.setattr(streams, 'read_shard', follow)
     read = lambda sample, source, rng: (decoded.append(sample['__key__']), (np.zeros(1), ''))[1]
-    run = open_batches([Source(str(folder))], read, 4)
+    run = open_batches([DataSource(str(folder))], read, 4)
     take(run, 10)
     position, before = run.position, len(opened)
-    again = open_batches([Source(str(folder))], read, 4, position=position)
+    again = open_batches([DataSource(str(folder))], read, 4, position=position)
     opened.clear()
     decoded.clear()
     next(again)
@@ -263,7 +263,7 @@ def test_resuming_reads_one_shard_a_stream_and_decodes_nothing_twice(folder, mon
 
 
 def test_one_epoch_reads_everything_once(folder):
-    run = open_batches([Source(str(folder))], name_reader, 5, shuffle=10)
+    run = open_batches([DataSource(str(folder))], name_reader, 5, shuffle=10)
     assert sorted(text for _, texts in take(run, 7) for text in texts) == sorted(f'number {i}' for i in range(35))
 
 
@@ -272,7 +272,7 @@ def test_small_sets_are_read_evenly(shards, samples, world_size, workers, tmp_pa
     "As many different samples as an even draw would give, in 100 batches and in every single one, also of a set sorted by class."
     for shard in range(shards):
         write(tmp_path / f'{shard:05d}.tar', [{'txt': f'{shard * samples + i}'.encode()} for i in range(samples)])
-    batches, _, counts = global_batches([Source(str(tmp_path))], 100, world_size, workers, batch_size=64, seed=1)
+    batches, _, counts = global_batches([DataSource(str(tmp_path))], 100, world_size, workers, batch_size=64, seed=1)
     numbers = np.array([[int(text) for text in texts] for _, texts in batches])
     n = shards * samples
     assert len(np.unique(numbers)) >= .95 * min(n, numbers.size) and counts['kept'] == 6400
@@ -293,7 +293,7 @@ def test_parts_of_a_large_shard_are_its_samples_once(tmp_path, monkeypatch):
         texts = [[captions_of(sample)[0] for sample in images.read_shard(str(tmp_path / '0.tar'), faults, part, parts)] for part in range(parts)]
         assert sorted(sum(texts, []), key=int) == [str(i) for i in range(20)] and texts[0] == [str(i) for i in range(0, 20, parts)]
         assert faults['file: unsafe name'] == parts
-    run = open_batches([Source(str(tmp_path))], name_reader, 4)
+    run = open_batches([DataSource(str(tmp_path))], name_reader, 4)
     take(run, 5)
     assert run.counts['kept'] == 20 and run.counts['file: unsafe name'] <= 1
 
@@ -304,7 +304,7 @@ def test_sources_fill_their_share(two_sources):
 
 
 def test_what_cannot_be_shared_or_resumed_gets_a_sentence(folder):
-    sources = [Source(str(folder))]
+    sources = [DataSource(str(folder))]
     for how in (dict(world_size=3), dict(streams=3), dict(streams=2, world_size=4)):
         with pytest.raises(ValueError):
             open_batches(sources, name_reader, 8, **how)
@@ -319,7 +319,7 @@ def test_what_cannot_be_shared_or_resumed_gets_a_sentence(folder):
 def test_reading_leaves_the_random_state_of_training_alone(folder):
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    take(open_batches([Source(str(folder))], name_reader, 4, workers=2), 2)
+    take(open_batches([DataSource(str(folder))], name_reader, 4, workers=2), 2)
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -328,24 +328,24 @@ def test_hopeless_data_end_with_a_sentence(folder, tmp_path, workers, monkeypatc
     write(tmp_path / 'bad' / 'pages.tar', [{'jpg': b'<html>', 'txt': b'a'}] * 5)
     for name, content in ('empty', b''), ('no members', bytes(10240)), ('letter', b'Dear Sir or Madam, ' * 500):
         (tmp_path / 'bad' / f'{name}.tar').write_bytes(content)
-    sources = [Source(str(folder)), Source(str(tmp_path / 'bad'))]
+    sources = [DataSource(str(folder)), DataSource(str(tmp_path / 'bad'))]
     run = open_batches(sources, ImageReader(16), 4, workers=workers)
     with pytest.raises(NoSamples, match='bad.*4.*4') as told:
         take(run, 100)
     assert '\n' not in str(told.value)
     monkeypatch.setattr(streams, '_PATIENCE', 20)
     with pytest.raises(NoSamples, match='3.*5.*20'):
-        take(open_batches([Source(str(folder), aesthetic_key='score')], ImageReader(16), 4, workers=workers), 1)
+        take(open_batches([DataSource(str(folder), aesthetic_key='score')], ImageReader(16), 4, workers=workers), 1)
 
 
 def test_few_good_samples_are_enough_also_after_a_break(tmp_path):
     write(tmp_path / '0.tar', [{'txt': b'good'}] + [{'png': b''}] * 20)
     for k in range(1, 4):
         (tmp_path / f'{k}.tar').write_bytes(b'')
-    run = open_batches([Source(str(tmp_path))], name_reader, 2)
+    run = open_batches([DataSource(str(tmp_path))], name_reader, 2)
     for _ in range(40):
         next(run)
-        run = open_batches([Source(str(tmp_path))], name_reader, 2, position=run.position)
+        run = open_batches([DataSource(str(tmp_path))], name_reader, 2, position=run.position)
     assert run.counts['kept'] == 80 and run.counts['shard: empty']
 
 
@@ -354,7 +354,7 @@ def test_workers_ignore_the_signals_of_training_and_leave_with_it(folder):
 import time
 from flowtok.data.mixture import *
 from flowtok.data.loader import *
-run = open_batches([Source({str(folder)!r})], ImageReader(16), 4, workers=2)
+run = open_batches([DataSource({str(folder)!r})], ImageReader(16), 4, workers=2)
 for _ in run:
     print('batch', flush=True)
     time.sleep(.05)
@@ -374,7 +374,7 @@ for _ in run:
 
 
 def read_and_end(folder):
-    run = open_batches([Source(folder)], ImageReader(16), 4, workers=2)
+    run = open_batches([DataSource(folder)], ImageReader(16), 4, workers=2)
     next(run)
     globals()['kept_to_the_end'] = run                                           # nobody collects it before
 
@@ -382,7 +382,7 @@ def read_and_end(folder):
 @pytest.mark.parametrize('script', [False, True])
 def test_a_process_that_still_reads_can_end(script, folder):
     if script:
-        code = f'from flowtok.data.mixture import *; from flowtok.data.loader import *; r = open_batches([Source({str(folder)!r})], ImageReader(16), 4, workers=2); next(r)'
+        code = f'from flowtok.data.mixture import *; from flowtok.data.loader import *; r = open_batches([DataSource({str(folder)!r})], ImageReader(16), 4, workers=2); next(r)'
         assert subprocess.run([sys.executable, '-c', code], timeout=60).returncode == 0
     else:
         process = multiprocessing.get_context('fork').Process(target=read_and_end, args=(str(folder),))
@@ -394,7 +394,7 @@ def test_a_process_that_still_reads_can_end(script, folder):
 def test_memory_does_not_grow(tmp_path):
     for k in range(4):
         write(tmp_path / f'{k}.tar', [{'png': image(32, 32, i), 'txt': b'a', 'json': b'{}'} for i in range(50)])
-    run, process = open_batches([Source(str(tmp_path))], ImageReader(32), 20, shuffle=40), psutil.Process()
+    run, process = open_batches([DataSource(str(tmp_path))], ImageReader(32), 20, shuffle=40), psutil.Process()
     take(run, 150)
     before = process.memory_info().rss
     take(run, 150)                                                               # 3,000 samples, 15 times the data

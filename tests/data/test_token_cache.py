@@ -9,7 +9,7 @@ from made import image, write
 
 from flowtok.data.token_cache import write_token_cache
 from flowtok.data.images import captions_of, decode_image, find_shards, read_moments, read_samples
-from flowtok.data.mixture import Source, TokenReader, _choose_caption, find_sources
+from flowtok.data.mixture import DataSource, TokenReader, _choose_caption, find_sources
 from flowtok.data.loader import NoSamples, open_batches
 
 
@@ -97,15 +97,15 @@ def test_cache_keeps_sources_captions_and_facts_and_counts_the_rest(folder, tmp_
                 'json': json.dumps(facts).encode()} for i in range(4)]
     write(tmp_path / 'web' / '0.tar', samples + [{'png': b'?', 'json': b'{"title": "a"}'}])
     (tmp_path / 'web' / '1.tar').write_bytes(b'')
-    web = Source(str(tmp_path / 'web'), weight=3., caption_key='title', recaption_key='recap_txt',
+    web = DataSource(str(tmp_path / 'web'), weight=3., caption_key='title', recaption_key='recap_txt',
                  recaption_probability=.5)
-    sources, seen = [Source(str(folder)), web], []
+    sources, seen = [DataSource(str(folder)), web], []
     bar = lambda keys: (seen.append(key) or key for key in keys)
     cache = write_token_cache(sources, encode, tmp_path / 'cache', 16, progress=bar)
     about = json.loads((cache / 'cache.json').read_text())
     assert about['counts'] == {'kept': 39, 'dropped: not an image': 1, 'shard: empty': 1} and len(seen) == 39
     plain, read = find_sources(cache)
-    assert read == Source(str(cache / '01-*.tar'), weight=3., recaption_key='recap_txt', recaption_probability=.5)
+    assert read == DataSource(str(cache / '01-*.tar'), weight=3., recaption_key='recap_txt', recaption_probability=.5)
     cached = next(read_samples(find_shards(read.shards)))
     assert captions_of(cached) == ['told']
     assert json.loads(cached['json']) == {'score': 7, 'title': 'told', 'captions': ['told']}
@@ -117,7 +117,7 @@ def test_cache_keeps_sources_captions_and_facts_and_counts_the_rest(folder, tmp_
 def test_hopeless_source_leaves_no_cache(folder, tmp_path):
     write(tmp_path / 'bad' / '0.tar', [{'png': b'?', 'txt': b'a'}] * 3)
     with pytest.raises(NoSamples, match='2.*3'):
-        write_token_cache([Source(str(folder)), Source(str(tmp_path / 'bad'))], encode, tmp_path / 'cache', 16)
+        write_token_cache([DataSource(str(folder)), DataSource(str(tmp_path / 'bad'))], encode, tmp_path / 'cache', 16)
     assert not (tmp_path / 'cache' / 'cache.json').exists()
 
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from flowtok.config import every_stage, from_json, preset, recipe
 from flowtok.data.images import read_shard
-from flowtok.data.mixture import Source, TokenReader, captions_of
+from flowtok.data.mixture import DataSource, TokenReader, captions_of
 from flowtok.toy.shapes import write_shards
 from flowtok.flow.path import Rng
 from flowtok.flow.solver import Sampling
-from flowtok.flow.source import Source as SourceDistribution
+from flowtok.flow.source import Source
 from flowtok.losses.objective import reverse_terms
 from flowtok.models.flowtok import FlowTok, TwoWayFlowTok, load_weights, save_weights
 from flowtok.models.text import TextAutoencoder
@@ -105,8 +105,8 @@ def test_a_flow_map_starts_as_its_teacher_and_keeps_the_source(folder, tmp_path)
 def test_captions_of_the_way_back_are_first_ones(folder):
     reader = TokenReader(16, pair=True)
     sample = next(iter(read_shard(str(next((folder / 'tokens').glob('*.tar'))), Counter())))
-    all_of_them, rng = captions_of(sample, Source('x').caption_key), np.random.default_rng(0)
-    pairs = [reader(sample, Source('x'), rng)[1] for _ in range(40)]
+    all_of_them, rng = captions_of(sample, DataSource('x').caption_key), np.random.default_rng(0)
+    pairs = [reader(sample, DataSource('x'), rng)[1] for _ in range(40)]
     assert {first for _, first in pairs} == {all_of_them[0]} and {any_one for any_one, _ in pairs} == set(all_of_them)
 
 
@@ -184,7 +184,7 @@ def test_the_way_back_is_trained_as_it_is_followed(folder, tmp_path, arm):
         images = stage.image_tokens(batch['moments'])
         text = stage.projector(stage.features(batch['first_ids'])).mean if 'caption_share' in arm else images * 0 + 1
     if 'reverse_share' in arm:
-        stage.trained.source = lambda features: SourceDistribution(text, torch.full_like(text, -60.))
+        stage.trained.source = lambda features: Source(text, torch.full_like(text, -60.))
     def velocity(x, t, cond, s=None):
         back = torch.as_tensor(cond['indicator']).reshape(-1, 1, 1) >= 2
         return torch.where(back, images - text, torch.zeros_like(images))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from flowtok.config import FlowTokConfig, from_json, preset, to_json
 from flowtok.data.convert import table_entries
 from flowtok.data.images import read_samples
-from flowtok.data.mixture import CaptionReader, ImageReader, Source, _list_sources, use_sample
+from flowtok.data.mixture import CaptionReader, ImageReader, DataSource, _list_sources, use_sample
 from flowtok.pipeline import FlowTokPipeline
 from flowtok.config import parse_changes
 
@@ -74,7 +74,7 @@ def test_archives(tmp_path_factory, members, cut):
     faults = Counter()
     for sample in read_samples([str(path)], faults):
         for reader in (CaptionReader(), ImageReader(64)):
-            use_sample(dict(sample), Source(str(path)), reader, np.random.default_rng(0), faults)
+            use_sample(dict(sample), DataSource(str(path)), reader, np.random.default_rng(0), faults)
     assert all(isinstance(reason, str) and n > 0 for reason, n in faults.items())
 
 
