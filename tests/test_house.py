@@ -77,6 +77,15 @@ def test_modules_are_what_the_chapters_export(copy):
 def test_pyflakes_finds_nothing(): run('-m', 'pyflakes', str(root/'flowtok'))
 
 
+def test_exported_lines_are_at_most_120_columns_wide():
+    "But for the lists of names, which nbdev_export wraps."
+    for path in (root/'flowtok').rglob('*.py'):
+        if path.name == '_modidx.py': continue
+        lines = path.read_text(encoding='utf-8')
+        lines = re.sub(r'(?s)\n__all__ = \[.*?\]\n', '\n', lines).splitlines()
+        assert not [line for line in lines if len(line) > 120], path
+
+
 @pytest.mark.parametrize('path', chapters, ids=ident)
 def test_chapters_import_what_comes_before_them(path):
     "Modules; the cells of a lesson may use the drawn scenes, too."

@@ -137,3 +137,20 @@ def test_a_data_type_may_change_after_images_were_made(dtype):
     first = run(pipe)
     assert torch.equal(run(pipe.to(dtype)), run(FlowTokPipeline.from_pretrained(torch_dtype=dtype).optimize(PRECISION[dtype])))
     assert torch.allclose(run(FlowTokPipeline.from_pretrained().optimize()), first)
+
+
+def test_a_network_with_conditions_of_its_own_stays_itself_and_is_not_cached():
+    class Toned(DiT):
+        def condition(self, t, cond, s=None): return super().condition(t, cond, s) + cond['tone'][:, None]
+    torch.manual_seed(0)
+    flow = FlowTok(preset('tiny'))
+    flow.dit = Toned(flow.config)
+    for p in flow.dit.parameters():
+        torch.nn.init.normal_(p, std=.05)
+    x, tones = torch.randn(3, 16, 16), torch.tensor([0., 1., 2.])
+    draw = lambda tones: flow.generate(x, Sampling(3, 2.), {'tone': tones})
+    plain = draw(tones)
+    for _ in range(2):                                                           # once more changes nothing
+        cache_modulation(flow.dit)
+        assert isinstance(flow.dit, Toned) and torch.allclose(draw(tones), plain, atol=1e-5)
+    assert not torch.allclose(draw(tones.flip(0)), plain, atol=1e-2) and not flow.dit.kept[1]
