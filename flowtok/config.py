@@ -383,7 +383,7 @@ def _check_recipe(recipe):
                           else f"{'above' if bounds['above'] else 'at least'} {bounds['low']:g}")
                 raise ValueError(f"{one.name} must be {limits}, got {value}.")
 
-# %% ../nbs/config.ipynb #8adba9ac
+# %% ../nbs/config.ipynb #e956a06d
 @dataclass(frozen=True)
 class Recipe:
     "Training recipe: what all stages have."
@@ -408,7 +408,7 @@ class Recipe:
         if self.precision == 'fp16' and self.optimizer == 'muon':
             raise ValueError("precision 'fp16' scales the loss for one optimizer: choose 'bf16', or optimizer 'adamw'.")
 
-
+# %% ../nbs/config.ipynb #25d9ab1a
 @dataclass(frozen=True)
 class TokenizerRecipe(Recipe):
     "Training recipe of the image tokenizer."
@@ -454,7 +454,7 @@ class TextRecipe(Recipe):
         "Weight of each loss."
         return {'caption': 1., 'kl': self.kl_weight}
 
-# %% ../nbs/config.ipynb #f0ae4b08
+# %% ../nbs/config.ipynb #cd5d1169
 @dataclass(frozen=True)
 class FlowRecipe(Recipe):
     "Training recipe of a flow, as from image to text."
@@ -475,7 +475,7 @@ class FlowRecipe(Recipe):
         "Weight of each loss."
         return {'flow': 1.}
 
-
+# %% ../nbs/config.ipynb #8115977a
 @dataclass(frozen=True)
 class TextToImageRecipe(FlowRecipe):
     "Training recipe of the flow from text to image, or of its flow map."
@@ -508,7 +508,7 @@ class TextToImageRecipe(FlowRecipe):
         kl = 0. if self.source == 'fixed' else self.kl_weight
         return {'flow': 1., 'kl': kl, 'align': self.align_weight, 'direction': self.direction_weight}
 
-
+# %% ../nbs/config.ipynb #ed3a6a60
 @dataclass(frozen=True)
 class BothRecipe(TextToImageRecipe):
     "Training recipe of one network for both directions."
@@ -531,7 +531,7 @@ class BothRecipe(TextToImageRecipe):
 
 recipe_classes = dict(zip(every_stage, (TokenizerRecipe, TextRecipe, TextToImageRecipe, FlowRecipe, BothRecipe)))
 
-# %% ../nbs/config.ipynb #fab7890c
+# %% ../nbs/config.ipynb #30e3e89a
 _critics = dict(perceptual_weight=1.1, convnext_share=0.1, gan_weight=0.1, gan_start=200_000, gan_learning_rate=1e-4,
                 lecam_weight=1e-3)
 paper_recipes = {
@@ -565,7 +565,7 @@ _small_recipes = {
 
 phases = ('pre-training', 'fine-tuning')
 
-
+# %% ../nbs/config.ipynb #05fd17e1
 def recipe(
     scale: str,  # one of `presets`
     stage: str,  # one of `every_stage`
@@ -584,7 +584,7 @@ def recipe(
     return replace(found, steps=steps, learning_rate=found.learning_rate / 2,
                    matrix_learning_rate=found.matrix_learning_rate / 2)
 
-
+# %% ../nbs/config.ipynb #3da8122e
 def parse_changes(text: str, *wanted: str) -> dict:  # name -> value of the field's type
     "Parse 'name=value' pairs, `length` or fields of recipes; ValueError where none of the wanted stages has one."
     types = {'length': int} | {f.name: f.type for stage in wanted or every_stage for f in fields(recipe_classes[stage])

@@ -106,7 +106,7 @@ def find_extractors(
     return {resize: Extractor('Inception-v3', resize, False, 299, partial(_inception_features, network))
             for resize in RESIZES}
 
-# %% ../../nbs/evaluation/02_features.ipynb #40f8c52a
+# %% ../../nbs/evaluation/02_features.ipynb #7107a580
 _MOST_ROWS = 5000  # reference images whose features are kept
 _INTERVALS = {True: 'generated and reference images drawn', False: 'generated images alone drawn'}
 
@@ -131,7 +131,7 @@ def reference_of(
     few = rows if len(rows) <= most else rows[np.random.default_rng(0).permutation(len(rows))[:most]]
     return Reference(*gaussian_statistics(rows), len(rows), few)
 
-
+# %% ../../nbs/evaluation/02_features.ipynb #e0014e1f
 def _read_reference(file: Path) -> Reference:
     "Read kept statistics; ValueError where they are cut off or no statistics."
     from zipfile import BadZipFile

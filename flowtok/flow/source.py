@@ -53,7 +53,7 @@ class DiagonalGaussian:
         mean, logvar = self.mean.float(), self.logvar.float()
         return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
-# %% ../../nbs/flow/04_source.ipynb #9c15cc68
+# %% ../../nbs/flow/04_source.ipynb #21544a47
 class Source(DiagonalGaussian):
     "Learned source with the paper's KL loss."
     has_loss = True
@@ -88,7 +88,7 @@ class Source(DiagonalGaussian):
         signal, noise = self.mean.float().square().mean(), self.logvar.float().exp().mean()
         return {'source_snr': (signal / noise).sqrt(), 'source_share': noise / (signal + noise)}
 
-
+# %% ../../nbs/flow/04_source.ipynb #058f8b89
 class ReleasedKlSource(Source):
     "Learned source with the KL term of the authors' released code, summed over the batch too."
     def loss(self) -> Tensor:

@@ -81,7 +81,7 @@ class Measured:
                 'high': self.high, 'n': self.n, 'conditions': _conditions_of(self.run),
                 'commit': (self.run.git['commit'] or '')[:10], 'record': f'[record]({self.where})'}
 
-# %% ../../nbs/lab/04_tables.ipynb #f4a634e4
+# %% ../../nbs/lab/04_tables.ipynb #d7f6dca4
 def _from_images(where: str, run: RunRecord, measure: str) -> Iterable[Measured]:
     "What a record of COCO or MJHQ-30K holds."
     metrics = run.metrics
@@ -129,7 +129,7 @@ def _from_training(where: str, run: RunRecord) -> Iterable[Measured]:
         name = f"FlowTok-{scale.upper() if scale in TABLE_1 else scale}"
         yield Measured(where, run, name, COLUMNS_2[4], f'SECONDS of text to image on {on}, not days on 8 A100', seconds)
 
-
+# %% ../../nbs/lab/04_tables.ipynb #1b34a7b1
 def all_measured(
     records: dict[str, RunRecord],  # from `find_records`
 ) -> list[Measured]:

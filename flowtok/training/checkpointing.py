@@ -72,7 +72,7 @@ def set_aside(run: Run):
             if path.exists():
                 path.rename(path.with_name(f'{path.name}-before-{when}'))
 
-# %% ../../nbs/training/03_checkpointing.ipynb #9867f0dd
+# %% ../../nbs/training/03_checkpointing.ipynb #dde3d9de
 def all_gather_object(value) -> list:  # the values of all processes, in order
     "torch.distributed.all_gather_object, also for one process."
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -104,7 +104,7 @@ def _load_named_state(optimizer, saved: dict, names: dict[Tensor, str]):
         saved = {'state': {place[name]: values for name, values in saved['state'].items()}, 'param_groups': groups}
     inner.load_state_dict(saved)
 
-
+# %% ../../nbs/training/03_checkpointing.ipynb #6786a301
 def training_state(stage: Stage, ema: Ema, optimizers, critics, batches, accelerator, step: int) -> dict:
     "State of a checkpoint, gathered from all processes; empty in all but the first."
     names = {p: name for name, p in stage.trained.named_parameters()}

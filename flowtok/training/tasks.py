@@ -196,7 +196,7 @@ def check_perceptual(
                                 "--recipe.require-perceptual False (flowtok train).")
     return replace(run, recipe=replace(r, require_perceptual=False)) if missing else run, missing
 
-# %% ../../nbs/training/01_tasks.ipynb #4044fee2
+# %% ../../nbs/training/01_tasks.ipynb #c72bfac6
 def earlier_weights(
     run: Run,
     stage: str,  # that had to come first
@@ -216,7 +216,7 @@ def initial_weights(run: Run) -> Path | None:  # None where `init` holds none fo
     names = (run.stage, 'text-to-image') if run.stage == 'both' else (run.stage,)
     return next((file for stage in names if run.init and (file := weights_file(run.init, stage)).exists()), None)
 
-
+# %% ../../nbs/training/01_tasks.ipynb #43f85305
 class Stage(nn.Module):
     "Base class of the stages: frozen text encoder, weights of earlier stages."
 
